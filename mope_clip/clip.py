@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOWERS', 'OPEN_CLIP_WEIGHTS', 'FORMAT', 'PruneSpec', 'full_spec', 'compose', 'SlimAttention', 'Block', 'Tower',
-           'Clip', 'prune', 'load_clip', 'save_open_clip', 'build_clip', 'word_tokenizer', 'small_config', 'tiny_clip']
+           'Clip', 'prune', 'shape_of', 'whole_spec', 'load_clip', 'save_open_clip', 'build_clip', 'word_tokenizer',
+           'small_config', 'tiny_clip']
 
 # %% ../nbs/01_clip.ipynb #fa6cd3f4
 import json, os, shutil, tempfile
@@ -242,6 +243,21 @@ def prune(
         blocks = clip.tower(t).blocks
         out.tower(t).net.transformer.resblocks = nn.ModuleList(_slim(blocks[l], **kept) for l, kept in getattr(spec, t).items())
     return out
+
+# %% ../nbs/01_clip.ipynb #a283a199
+def shape_of(
+    clip: Clip,
+) -> dict: # tower -> [[heads, neurons], ...], a pair a layer
+    "How many heads and neurons each layer has"
+    return {t: [[b.attn.num_heads, b.mlp.c_fc.out_features] for b in clip.tower(t).blocks] for t in TOWERS}
+
+def whole_spec(
+    clip, # a `Clip`, or what `shape_of` gives
+) -> PruneSpec:
+    "The specification, by position, that keeps all that the model has (uneven layers included)"
+    shape = clip if isinstance(clip, dict) else shape_of(clip)
+    base = {t: dict(layers=len(s), heads=max(h for h, _ in s), neurons=max(f for _, f in s)) for t, s in shape.items()}
+    return PruneSpec(**{t: {l: dict(heads=list(range(h)), neurons=list(range(f))) for l, (h, f) in enumerate(s)} for t, s in shape.items()}, base=base)
 
 # %% ../nbs/01_clip.ipynb #d91b9aa3
 def load_clip(
