@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TOWERS', 'OPEN_CLIP_WEIGHTS', 'FORMAT', 'PruneSpec', 'full_spec', 'compose', 'SlimAttention', 'Block', 'Tower',
-           'Clip', 'prune', 'shape_of', 'whole_spec', 'load_clip', 'save_open_clip', 'build_clip', 'word_tokenizer',
-           'small_config', 'tiny_clip']
+           'Clip', 'prune', 'shape_of', 'whole_spec', 'weights_hash', 'load_clip', 'save_open_clip', 'build_clip',
+           'word_tokenizer', 'small_config', 'tiny_clip']
 
 # %% ../nbs/01_clip.ipynb #fa6cd3f4
-import json, os, shutil, tempfile
+import hashlib, json, os, shutil, tempfile
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -258,6 +258,17 @@ def whole_spec(
     shape = clip if isinstance(clip, dict) else shape_of(clip)
     base = {t: dict(layers=len(s), heads=max(h for h, _ in s), neurons=max(f for _, f in s)) for t, s in shape.items()}
     return PruneSpec(**{t: {l: dict(heads=list(range(h)), neurons=list(range(f))) for l, (h, f) in enumerate(s)} for t, s in shape.items()}, base=base)
+
+# %% ../nbs/01_clip.ipynb #bced48a2
+def weights_hash(
+    clip: Clip,
+) -> str: # 16 hex digits
+    "A hash of all weights: tells two models apart"
+    h = hashlib.sha256()
+    for k, v in clip.model.state_dict().items():
+        h.update(k.encode())
+        h.update(v.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()[:16]
 
 # %% ../nbs/01_clip.ipynb #d91b9aa3
 def load_clip(

@@ -52,7 +52,7 @@ def check_parameters(
 ) -> dict:           # name -> value
     "The annotated parameters of a notebook; `ValueError` names an unknown or wrongly typed one"
     kinds = {k: v for k, v in namespace.get('__annotations__', {}).items() if not k.startswith('_')}
-    plain = {k for k, v in namespace.items() if not k.startswith('_') and k not in ('In', 'Out') and (v is None or isinstance(v, (str, int, float, bool, list, tuple, dict))) and k not in kinds}
+    plain = {k for k, v in namespace.items() if not k.startswith('_') and k not in ('In', 'Out') and not k.isupper() and (v is None or isinstance(v, (str, int, float, bool, list, tuple, dict))) and k not in kinds}
     for k in sorted(plain):
         near = difflib.get_close_matches(k, kinds, 1)
         raise ValueError(f"Unknown parameter {k!r}{f', did you mean {near[0]!r}' if near else ''}? The parameters are {', '.join(kinds)}.")
@@ -307,7 +307,10 @@ def run_notebook(
     space = {'__annotations__': {k: dict(str=str, int=int, float=float, bool=bool, list=list)[t] for k, (t, _) in known.items()}, **{k: d for k, (_, d) in known.items()}, **parameters}
     check_parameters(space)
     with tempfile.TemporaryDirectory() as tmp:
-        papermill.execute_notebook(str(path), f'{tmp}/out.ipynb', parameters=parameters, kernel_name='python3', progress_bar=False, execution_timeout=timeout, cwd=str(repo_root()))
+        try: papermill.execute_notebook(str(path), f'{tmp}/out.ipynb', parameters=parameters, kernel_name='python3', progress_bar=False, execution_timeout=timeout, cwd=str(repo_root()))
+        except papermill.PapermillExecutionError as e:
+            kind = dict(ValueError=ValueError, FileNotFoundError=FileNotFoundError, ImportError=ImportError).get(e.ename, RuntimeError)
+            raise kind(f'{e.evalue}' if kind is not RuntimeError else f'cell {e.exec_count} of {name} raised {e.ename}: {e.evalue}') from None
         write_atomic(out, lambda f: f.write(Path(f'{tmp}/out.ipynb').read_bytes()))
     return out
 

@@ -1,0 +1,27 @@
+# Two commands: `make finetune` runs the main job, `make test` runs every test. Both set up what they need in .venv/ first.
+PYTHON ?= python3
+TASK ?= openmoji
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: finetune test reports clean
+
+finetune: $(STAMP)
+	$(BIN)/python -m mope_clip.cli run 20_finetune -p task $(TASK)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest tests -q
+
+reports: $(STAMP)
+	$(BIN)/mope report --all
+
+# made again when a requirement changes; the stamp is written last, so a killed installation is taken up again
+$(STAMP): settings.ini constraints.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": set PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[all]'
+	touch $(STAMP)
+
+clean:
+	rm -rf runs data/cache build *.egg-info
