@@ -115,7 +115,7 @@ def counted(
 # %% ../nbs/00_data.ipynb #6efe14e4
 SIZES = 22, 28, 32, 36, 44, 52, 68, 88         # sprite sizes in pixels, on a canvas of 96
 SIDE = 96                                      # side of a scene in pixels
-SPRITES_SHA = '68d4456f8d541bf5208c3174e46b82edfebc365f75a4381f31770ad078ac44d1'  # of the versions in constraints.txt
+SPRITES_SHA = 'e5ddbff5766f6f0075cc7734c4754615ed301491242ff211ebc9786fd1a05fe5'  # of the versions in constraints.txt
 
 def _render(svg: str, px: int) -> np.ndarray:
     "One drawing as RGBA, shape (px, px, 4)"

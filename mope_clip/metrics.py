@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from .clip import TOWERS, Clip, prune, shape_of, weights_hash, whole_spec
+from .clip import TOWERS, Clip, prune, shape_of, take, weights_hash, whole_spec
 from .data import progress, write_atomic
 from .evaluate import encode, images_of, owners, ranks
 
@@ -95,10 +95,11 @@ def neuron_groups(
     return [sorted(g.tolist()) for g in order.tensor_split(groups)]
 
 # %% ../nbs/03_metrics.ipynb #03ec2add
-def _variants(block, x: torch.Tensor, mask, groups: list, modules: tuple):
-    "For a layer with input `x` (b, n, d): yields (module, index, output of the layer without that module)"
+def _variants(block, x: torch.Tensor, mask, groups: list, modules: tuple, pick=None):
+    "For a layer with input `x` (b, n, d): yields (module, index, output of the layer without that module), of the token `pick` alone where given"
     a = block.attn
-    heads = a.heads_out(block.ln_1(x), mask) if a.num_heads else None
+    heads = a.heads_out(block.ln_1(x), mask, pick) if a.num_heads else None
+    if pick is not None: x = take(x, pick)
     out = a.out_proj(heads) if a.num_heads else a.out_proj.bias.expand_as(x)
     join = lambda out: x + block.ls_1(block.ln_attn(out))
     if 'head' in modules:
@@ -117,15 +118,25 @@ def _variants(block, x: torch.Tensor, mask, groups: list, modules: tuple):
     yield 'dense', 0, y + block.ls_2(full)
 
 # %% ../nbs/03_metrics.ipynb #e9b75507
+def _rest(tower, l: int, x: torch.Tensor, mask, ids) -> torch.Tensor:
+    "Features (b, e) from the output `x` of layer `l`: the blocks after it, the last one for the pooled token alone"
+    blocks = tower.blocks[l + 1:]
+    for k, block in enumerate(blocks):
+        pick = tower.picked(x, ids) if k == len(blocks) - 1 else None
+        if pick is None: x = block(x, attn_mask=mask)
+        else: x = next(v for m, _, v in _variants(block, x, mask, [], (), pick) if m == 'dense')
+    return F.normalize(tower.pool(x, ids), dim=-1).float().cpu()
+
+# %% ../nbs/03_metrics.ipynb #e1ea3bcc
 @torch.inference_mode()
 def _score_layer(tower, l: int, states: list, groups: list, modules: tuple) -> tuple:
     "Features of the tower without each module of layer `l`, {(module, index): (n, e)}, and the inputs of layer l + 1"
-    feats, after = {}, []
+    feats, after, last = {}, [], l == len(tower.blocks) - 1
     for x, mask, ids in states:
-        for module, i, y in _variants(tower.blocks[l], x, mask, groups, modules):
-            if module == 'dense': after.append((y, mask, ids)); continue
-            for block in tower.blocks[l + 1:]: y = block(y, attn_mask=mask)
-            feats.setdefault((module, i), []).append(F.normalize(tower.pool(y, ids), dim=-1).float().cpu())
+        pick = tower.picked(x, ids) if last else None
+        for module, i, y in _variants(tower.blocks[l], x, mask, groups, modules, pick):
+            if module == 'dense': after.append((y, mask, ids))
+            else: feats.setdefault((module, i), []).append(_rest(tower, l, y, mask, ids))
     return {k: torch.cat(v) for k, v in feats.items()}, after
 
 # %% ../nbs/03_metrics.ipynb #fb82383a

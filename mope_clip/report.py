@@ -381,6 +381,7 @@ def write_readme(
     cells = json.loads((root/'nbs'/'index.ipynb').read_text())['cells']
     text = '\n\n'.join(''.join(c['source']).strip() for c in cells if c['cell_type'] == 'markdown' and ''.join(c['source']).strip())
     text = re.sub(r'\{\{(.+?)\}\}', lambda m: _field(m[1]), text).replace('](../', '](') + '\n'
+    text = re.sub(r'\]\((\w+\.ipynb)\)', r'](nbs/\1)', text)   # links of a notebook are relative to nbs/
     if check:
         if (root/'README.md').read_text() != text: raise ValueError('README.md is not what nbs/index.ipynb says: run `mope readme`.')
     else: write_atomic(root/'README.md', lambda f: f.write(text.encode()))

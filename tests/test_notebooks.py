@@ -1,0 +1,36 @@
+"Every notebook is executed, each in a process of its own with a limit."
+import json, sys
+
+import pytest
+
+from conftest import ROOT, run
+
+LIBRARY = sorted(p.stem for p in (ROOT/'nbs').glob('*.ipynb') if not p.name[:1] in '123456789')
+TEMPLATES = sorted(p.stem for p in (ROOT/'nbs').glob('[1-9]*.ipynb'))
+
+
+@pytest.mark.parametrize('name', LIBRARY)
+def test_library_notebook_runs(name, tmp_path):
+    r = run(sys.executable, '-m', 'jupyter', 'nbconvert', '--to', 'notebook', '--execute', '--ExecutePreprocessor.timeout=240', '--output-dir', tmp_path, ROOT/'nbs'/f'{name}.ipynb', timeout=300, IN_TEST='1')
+    assert r.returncode == 0, r.stderr[-3000:]
+
+
+@pytest.mark.parametrize('name', TEMPLATES)
+def test_template_has_smoke_sizes_and_one_parameters_cell(name):
+    cells = json.loads((ROOT/'nbs'/f'{name}.ipynb').read_text())['cells']
+    assert sum('parameters' in c['metadata'].get('tags', []) for c in cells) == 1
+    assert 'smoke:' in (ROOT/'nbs'/f'{name}.yaml').read_text()
+    assert not any(c.get('outputs') for c in cells), 'templates keep no outputs'
+
+
+def test_teacher_notebook_trains_and_resumes(tmp_path):
+    import yaml
+    smoke = yaml.safe_load((ROOT/'nbs'/'10_teacher.yaml').read_text())['smoke']
+    args = [x for k, v in {**smoke, 'out_dir': str(tmp_path/'out'), 'data_out': str(tmp_path/'data')}.items() for x in ('-p', k, v)]
+    r = run(sys.executable, '-m', 'papermill', ROOT/'nbs'/'10_teacher.ipynb', tmp_path/'10.ipynb', *args, cwd=tmp_path)
+    assert r.returncode == 0, r.stderr[-3000:]
+    first = json.loads((tmp_path/'out'/'results.json').read_text())
+    assert {row['stage'] for row in first['rows']} >= {'zero-shot', 'fine-tuned'}
+    import open_clip
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path/'data'/'teacher'}")
+    assert model.visual.transformer.width == smoke['width']
