@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOWERS', 'OPEN_CLIP_WEIGHTS', 'FORMAT', 'PruneSpec', 'full_spec', 'compose', 'take', 'SlimAttention', 'Block',
-           'Tower', 'Clip', 'prune', 'shape_of', 'whole_spec', 'weights_hash', 'load_clip', 'save_open_clip',
-           'build_clip', 'word_tokenizer', 'small_config', 'tiny_clip']
+           'check_width', 'Tower', 'Clip', 'prune', 'shape_of', 'whole_spec', 'weights_hash', 'load_clip',
+           'save_open_clip', 'build_clip', 'word_tokenizer', 'small_config', 'tiny_clip']
 
 # %% ../nbs/01_clip.ipynb #fa6cd3f4
 import hashlib, json, os, shutil, tempfile
@@ -76,27 +76,36 @@ def take(
 
 # %% ../nbs/01_clip.ipynb #6f7b7ae6
 class SlimAttention(nn.Module):
-    "Self-attention with `heads` heads of width `head_dim`, on a residual stream of width `d`"
-    def __init__(self, d: int, heads: int, head_dim: int, bias: bool=True):
+    "Self-attention with `heads` heads of width `head_dim`, on a residual stream of width `d`; norms and scales as in open_clip's own `Attention`"
+    def __init__(self, d: int, heads: int, head_dim: int, bias: bool=True, like: nn.Module=None):
         super().__init__()
         self.num_heads, self.head_dim = heads, head_dim
         self.in_proj_weight = nn.Parameter(torch.empty(3*heads*head_dim, d))
         self.in_proj_bias = nn.Parameter(torch.empty(3*heads*head_dim)) if bias else None
         self.out_proj = nn.Linear(heads*head_dim, d)
+        self.ln_q, self.ln_k, self.ln_inner = (deepcopy(getattr(like, n, nn.Identity())) for n in ('ln_q', 'ln_k', 'ln_inner'))
+        self.head_scale = nn.Parameter(torch.empty(heads, 1, 1)) if getattr(like, 'head_scale', None) is not None else None
+
+    def qkv(self, x, pick=None):
+        "Queries, keys and values, each (b, heads, n, head_dim); with `pick` (b,) the query of one token alone"
+        w, bias, inner = self.in_proj_weight, self.in_proj_bias, self.num_heads*self.head_dim
+        if pick is None: q, k, v = F.linear(x, w, bias).chunk(3, -1)
+        else:
+            q = F.linear(take(x, pick), w[:inner], None if bias is None else bias[:inner])
+            k, v = F.linear(x, w[inner:], None if bias is None else bias[inner:]).chunk(2, -1)
+        q, k, v = (y.reshape(*y.shape[:2], self.num_heads, self.head_dim).transpose(1, 2) for y in (q, k, v))
+        return self.ln_q(q), self.ln_k(k), v
 
     def heads_out(self, x, attn_mask=None, pick=None):
-        "The heads' outputs side by side, before the output projection: (b, n, heads*head_dim), or (b, 1, ...) for the one query token `pick` (b,)"
+        "The heads' outputs side by side, before the output projection: (b, n, heads*head_dim), or (b, 1, ...) for the query token `pick` (b,)"
         b, n, _ = x.shape
-        split = lambda y: y.view(b, y.shape[1], -1, self.head_dim).transpose(1, 2)
-        inner, w, bias = self.num_heads*self.head_dim, self.in_proj_weight, self.in_proj_bias
-        if attn_mask is not None and attn_mask.ndim == 3: attn_mask = attn_mask.view(b, -1, n, n)[:, :1]
-        if pick is None: q, k, v = map(split, F.linear(x, w, bias).chunk(3, -1))
-        else:
-            q = split(F.linear(take(x, pick), w[:inner], None if bias is None else bias[:inner]))
-            k, v = map(split, F.linear(x, w[inner:], None if bias is None else bias[inner:]).chunk(2, -1))
-            if attn_mask is not None: attn_mask = attn_mask[pick][:, None, None] if attn_mask.ndim == 2 else attn_mask[torch.arange(b, device=x.device), :, pick][:, :, None]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
-        return x.transpose(1, 2).reshape(b, -1, inner)
+        if attn_mask is not None and attn_mask.ndim == 3: attn_mask = attn_mask.view(b, -1, n, n)[:, :1]   # open_clip repeats a row's mask for each head
+        if attn_mask is not None and pick is not None:
+            attn_mask = attn_mask[pick][:, None, None] if attn_mask.ndim == 2 else attn_mask[torch.arange(b, device=x.device), :, pick][:, :, None]
+        q, k, v = self.qkv(x, pick)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask if attn_mask is None else attn_mask.to(q.dtype))
+        if self.head_scale is not None: x = x*self.head_scale
+        return self.ln_inner(x.transpose(1, 2).reshape(b, -1, self.num_heads*self.head_dim))
 
     def forward(self, x, attn_mask=None):
         if not self.num_heads: return self.out_proj.bias.expand_as(x)
@@ -120,13 +129,26 @@ class Block(nn.Module):
         return x + self.ffn(x)
 
 # %% ../nbs/01_clip.ipynb #ad8cf3da
+def check_width(
+    block: nn.Module,
+    heads: int,   # how many stay
+    neurons: int, # how many stay
+):
+    "Refuse by name what cannot lose width exactly: a norm across what is removed"
+    if getattr(block.attn, 'logit_scale', None) is not None: raise ValueError('scaled_cosine_attn is not supported: its attention has a scale of its own for each head.')
+    if not isinstance(getattr(block.attn, 'ln_inner', nn.Identity()), nn.Identity) and heads < block.attn.num_heads:
+        raise ValueError('scale_attn_inner normalises across all heads, so removing one changes the others: only layers can be scored or removed.')
+    if not isinstance(getattr(block.mlp, 'ln', nn.Identity()), nn.Identity) and neurons < block.mlp.c_fc.out_features:
+        raise ValueError('scale_fc normalises across all neurons, so removing one changes the others: only layers can be scored or removed.')
+
+# %% ../nbs/01_clip.ipynb #b3bf49a4
 def _slim(block: nn.Module, heads: list, neurons: list) -> Block:
     "A copy of an open_clip (or slim) block with only these heads and neurons, on storage of its own"
-    a, d = block.attn, block.attn.out_proj.out_features
-    dh = a.head_dim
+    a, d, dh = block.attn, block.attn.out_proj.out_features, block.attn.head_dim
+    check_width(block, len(heads), len(neurons))
     rows = torch.tensor([h*dh + i for h in heads for i in range(dh)], dtype=torch.long, device=a.in_proj_weight.device)
     qkv = torch.cat([rows + i*a.num_heads*dh for i in range(3)])
-    new = SlimAttention(d, len(heads), dh, a.in_proj_bias is not None).to(a.in_proj_weight)
+    new = SlimAttention(d, len(heads), dh, a.in_proj_bias is not None, like=a).to(a.in_proj_weight)
     out = Block(deepcopy(_shell(block)), new)
     out.mlp.c_fc = _linear(block.mlp.c_fc, rows=neurons)
     out.mlp.c_proj = _linear(block.mlp.c_proj, cols=neurons)
@@ -134,6 +156,7 @@ def _slim(block: nn.Module, heads: list, neurons: list) -> Block:
         new.in_proj_weight.copy_(a.in_proj_weight[qkv])
         if new.in_proj_bias is not None: new.in_proj_bias.copy_(a.in_proj_bias[qkv])
         new.out_proj.weight.copy_(a.out_proj.weight[:, rows]); new.out_proj.bias.copy_(a.out_proj.bias)
+        if new.head_scale is not None: new.head_scale.copy_(a.head_scale[heads])
     return out
 
 # %% ../nbs/01_clip.ipynb #1aa32a5b
@@ -173,16 +196,21 @@ class Tower(nn.Module):
     def tokens(self) -> int: return self.net.positional_embedding.shape[0]
 
     def _check(self):
-        blocks = getattr(getattr(self.net, 'transformer', None), 'resblocks', None)
-        if blocks is None or not hasattr(blocks[0], 'attn') or getattr(self.net, 'attn_pool', None) is not None:
-            raise ValueError(f'The {self.name} tower is a {type(self.net).__name__}: only ViT and text transformers of open_clip without attentional pooling can be pruned.')
+        n = self.net
+        blocks = getattr(getattr(n, 'transformer', None), 'resblocks', None)
+        if blocks is None or not all(hasattr(b, 'attn') and hasattr(b, 'mlp') for b in blocks):
+            raise ValueError(f'The {self.name} tower is a {type(n).__name__}: only the ViT and the text transformer of open_clip are supported, not timm, ResNet or Hugging Face towers.')
+        if getattr(n, 'attn_pool', None) is not None or getattr(n, 'cls_emb', None) is not None:
+            raise ValueError(f'The {self.name} tower pools by attention or by an appended class token (CoCa): that is not supported.')
+        if not getattr(n.transformer, 'batch_first', True): raise ValueError(f'The {self.name} tower is not batch_first: load it with a current open_clip.')
 
     def embed(self, x: torch.Tensor) -> tuple: # images (b, 3, s, s) or token ids (b, n)
         "The input of the first block (b, n, d), and the attention mask or None"
-        if self.name == 'vision': return self.net._embeds(x), None
-        if hasattr(self.net, '_embeds'): return self.net._embeds(x)
-        mask, n = self.net.attn_mask, x.shape[1]
-        return self.net.token_embedding(x) + self.net.positional_embedding[:n], mask if mask is None else mask[:n, :n]
+        net, n = self.net, x.shape[1]
+        if self.name == 'vision': return net._embeds(x), None
+        if hasattr(net, '_embeds'): x, mask = net._embeds(x)
+        else: x, mask = net.token_embedding(x) + net.positional_embedding[:n], net.attn_mask
+        return x, mask[:n, :n] if mask is not None and mask.ndim == 2 else mask
 
     @property
     def pool_type(self) -> str: return getattr(self.net, 'pool_type', None) or self.net.text_pool_type
@@ -205,11 +233,14 @@ class Tower(nn.Module):
             x = x[:, 0] if x.shape[1] == 1 else text_global_pool(x, ids, self.pool_type, eos_token_id=getattr(n, 'eos_id', getattr(n, 'text_eos_id', None)))
         return x if proj is None else proj(x) if isinstance(proj, nn.Module) else x @ proj
 
+    def lengths(self, ids: torch.Tensor) -> torch.Tensor: # (b, n) token ids
+        "How many tokens (b,) of each caption its embedding depends on: up to the pooled token under a causal mask, else all"
+        if self.net.attn_mask is None or self.pool_type not in ('argmax', 'eos', 'first'): return torch.full((len(ids),), ids.shape[1], device=ids.device)
+        return self.picked(ids, ids) + 1
+
     def trim(self, ids: torch.Tensor) -> torch.Tensor:
-        "Token ids cut to the longest caption of the batch, where that is exact"
-        n = self.net
-        if self.name == 'vision' or getattr(n, 'cls_emb', None) is not None or n.attn_mask is None or self.pool_type != 'argmax': return ids
-        return ids[:, :int(ids.argmax(1).max()) + 1]
+        "Token ids cut to the longest caption of the batch, where that is exact; images as they are"
+        return ids if self.name == 'vision' else ids[:, :int(self.lengths(ids).max())]
 
     def forward(self, x: torch.Tensor, hidden: bool=False): # images or token ids
         "The embedding (b, e); with `hidden` also the list of block outputs, each (b, n, d)"

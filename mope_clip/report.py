@@ -326,26 +326,28 @@ def report(
     if not (repo_root()/'nbs'/f'{name}.ipynb').is_file(): raise ValueError(f"There is no notebook {name!r}: choose one of {', '.join(sorted(p.stem for p in (repo_root()/'nbs').glob('[1-9]*.ipynb')))}.")
     scales = yaml.safe_load(path.read_text()) if path.is_file() else {}
     if scale not in ('full', *scales): raise ValueError(f"{name} has no scale {scale!r}: choose one of {', '.join(dict.fromkeys(('full', *scales)))}.")
-    folder = repo_root()/'reports'/name if scale == 'full' else repo_root()/'runs'/f'{name}-{scale}'
-    with tempfile.TemporaryDirectory() as tmp:
-        run_notebook(name, Path(tmp)/f'{name}.ipynb', {**(scales.get(scale) or {}), **parameters, 'out_dir': tmp})
-        keep = [p for p in Path(tmp).iterdir() if p.suffix in ('.ipynb', '.json', '.png', '.csv', '.svg', '.tex')]
-        _tidy(Path(tmp)/f'{name}.ipynb', tmp)
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.iterdir(): old.unlink() if old.is_file() else shutil.rmtree(old)
-        for p in keep: shutil.copy(p, folder/p.name)
+    work = repo_root()/'runs'/f'{name}-{scale}'                  # kept: a run that is cut off goes on from what it finished
+    folder, started = repo_root()/'reports'/name if scale == 'full' else work/'report', time.time()
+    out = run_notebook(name, work/f'{name}.ipynb', {**(scales.get(scale) or {}), **parameters, 'out_dir': str(work)})
+    made = [p for p in work.iterdir() if p.suffix in ('.ipynb', '.json', '.png', '.csv', '.svg', '.tex') and p.stat().st_mtime >= started - 1]
+    shutil.rmtree(folder, ignore_errors=True); folder.mkdir(parents=True)
+    for p in made: shutil.copy(p, folder/p.name)
+    for p in (folder/out.name, folder/'results.json'): _tidy(p)
     if scale == 'full': write_index()
     return folder
 
 # %% ../nbs/06_report.ipynb #8517654f
-def _tidy(path: Path, tmp: str):
-    "Take what is noise in a diff out of an executed notebook: papermill's timings, the temporary folder, progress bars"
-    nb = json.loads(path.read_text().replace(tmp, '.').replace(str(repo_root()) + '/', ''))
-    nb['metadata'] = {k: v for k, v in nb['metadata'].items() if k in ('kernelspec', 'language_info')}
-    for c in nb['cells']:
-        c['metadata'] = {k: v for k, v in c['metadata'].items() if k == 'tags'}
-        if c['cell_type'] == 'code': c['outputs'] = [o for o in c['outputs'] if not any('progress' in ''.join(v) and '<' in ''.join(v) for k, v in o.get('data', {}).items() if k == 'text/html')]
-    path.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + '\n')
+def _tidy(path: Path):
+    "Take what is noise in a diff out of a report's file: this machine's paths, and in a notebook papermill's timings and progress bars"
+    text = path.read_text().replace(str(repo_root()) + '/', '')
+    if path.suffix == '.ipynb':
+        nb = json.loads(text)
+        nb['metadata'] = {k: v for k, v in nb['metadata'].items() if k in ('kernelspec', 'language_info')}
+        for c in nb['cells']:
+            c['metadata'] = {k: v for k, v in c['metadata'].items() if k == 'tags'}
+            if c['cell_type'] == 'code': c['outputs'] = [o for o in c['outputs'] if not any('<progress' in ''.join(v) for v in o.get('data', {}).values())]
+        text = json.dumps(nb, indent=1, ensure_ascii=False) + '\n'
+    path.write_text(text)
 
 # %% ../nbs/06_report.ipynb #879827b1
 def write_index(

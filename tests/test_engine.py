@@ -1,0 +1,201 @@
+"The engine equals brute force through open_clip's own forward, over a grid of architectures; several processes equal one; the killed resume."
+import copy, json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import open_clip
+import pandas as pd
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from conftest import ROOT
+from mope_clip.clip import TOWERS, Clip, build_clip, prune, small_config, tiny_clip, whole_spec
+from mope_clip.data import synth_pairs
+from mope_clip.engine import Inputs, one_layer
+from mope_clip.metrics import Scored, contributions, mope
+
+GRID = dict(
+    plain=({}, {}, {}),
+    quick_gelu=({}, {}, dict(quick_gelu=True)),
+    layer_scale=(dict(ls_init_value=.3), dict(ls_init_value=.3), {}),
+    patch_dropout=(dict(patch_dropout=.5), {}, {}),
+    average_pool=(dict(pool_type='avg', final_ln_after_pool=True), {}, {}),
+    average_pool_ln_first=(dict(pool_type='avg', no_ln_pre=True), {}, {}),
+    first_pool=({}, dict(pool_type='first'), dict(custom_text=True)),
+    last_pool=({}, dict(pool_type='last'), dict(custom_text=True)),
+    eos_pool=({}, dict(pool_type='eos', eos_id=None), dict(custom_text=True)),
+    not_causal=({}, dict(no_causal_mask=True, pool_type='last'), dict(custom_text=True)),
+    not_causal_argmax=({}, dict(no_causal_mask=True), {}),
+    linear_projection=({}, dict(proj_type='linear', proj_bias=True), dict(custom_text=True)),
+    custom_blocks=(dict(block_type='custom'), dict(block_type='custom'), {}),
+    custom_norms=(dict(block_type='custom', qk_norm=True, scale_heads=True, scale_attn=True), dict(block_type='custom', qk_norm=True, scale_heads=True, scale_attn=True), {}))
+
+
+def model_of(name) -> Clip:
+    "A small random model of a grid entry, in float64, with the words of `synth_pairs`"
+    vision, text, top = GRID[name]
+    tiny = tiny_clip()
+    config = copy.deepcopy(tiny.config)
+    if text.get('pool_type') == 'eos': text = dict(text, eos_id=len(tiny.tokenizer.tokenizer) - 1)
+    config['model_cfg']['vision_cfg'].update(vision); config['model_cfg']['text_cfg'].update(text)
+    for k in ('hf_tokenizer_name', 'tokenizer_kwargs'): config['model_cfg']['text_cfg'].pop(k)
+    config['model_cfg'].update(top)
+    clip = build_clip(config, tiny.tokenizer, seed=1)
+    with torch.no_grad():
+        for n, p in clip.model.named_parameters():
+            if p.ndim < 2 or 'scale' in n: p.add_(.1*torch.randn_like(p))   # so that biases, norms and scales matter
+    clip.model.double()
+    return clip
+
+
+def encode(model, tower, x):
+    "open_clip's own forward"
+    with torch.inference_mode(): return (model.encode_image if tower == 'vision' else model.encode_text)(x, normalize=True)
+
+
+def resblocks(model, tower): return (model.visual if tower == 'vision' else getattr(model, 'text', model)).transformer.resblocks
+
+
+def without(model, tower, layer, module, index, neurons):
+    "The stupid witness: zero what a module writes, or replace it by the identity"
+    model = copy.deepcopy(model)
+    b = resblocks(model, tower)[layer]
+    dh = b.attn.head_dim
+    with torch.no_grad():
+        if module == 'head': b.attn.out_proj.weight[:, index*dh:(index + 1)*dh] = 0
+        elif module == 'ffn': b.mlp.c_proj.weight[:, neurons] = 0
+        elif module == 'layer':
+            class Same(nn.Module):
+                def forward(self, q_x, k_x=None, v_x=None, attn_mask=None): return q_x
+                def get_weight_dtype(self): return torch.float64
+            resblocks(model, tower)[layer] = Same()
+        elif module == 'attn': b.ls_1 = Zero()
+        else: b.ls_2 = Zero()
+    return model
+
+
+class Zero(nn.Module):
+    def forward(self, x): return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize('name', GRID)
+def test_engine_equals_brute_force(name):
+    clip, pairs = model_of(name), synth_pairs(10, captions=3)
+    task, slim = Scored(clip, pairs), prune(clip, whole_spec(clip))
+    groups = [list(range(0, 50)), list(range(50, 128))]
+    wanted = [('head', 1), ('ffn', 1), ('layer', 0), ('attn', 0), ('mlp', 0)]
+    for t in TOWERS:
+        dense = encode(clip.model, t, task.x[t])
+        inputs = Inputs(slim.tower(t), task.x[t], 4, 'cpu')
+        for l in range(len(slim.tower(t).blocks)):
+            feats = one_layer(inputs, l, wanted, groups)
+            for (m, i), f in feats.items():
+                brute = encode(without(clip.model, t, l, m, i, groups[i] if m == 'ffn' else None), t, task.x[t])
+                assert (f - brute).abs().max() < 1e-10, (t, l, m, i)
+                if m == 'head' and l == 0 and not (t == 'text' and clip.text.pool_type == 'first'): assert (f - dense).abs().max() > 1e-6, 'the head does something'
+
+
+@pytest.mark.parametrize('z', ['mean_recall', 'IR@1', 'contrastive', 'soft_recall'])
+def test_scores_equal_brute_force_in_float64(z):
+    clip, pairs = model_of('plain'), synth_pairs(12, captions=3)
+    table, task = mope(clip, pairs, groups=4, z=z, modules=('head', 'ffn', 'layer', 'attn', 'mlp')), Scored(clip, pairs, z)
+    dense = {t: encode(clip.model, t, task.x[t]) for t in TOWERS}
+    z_of = lambda f: contributions(z, f['vision'], f['text'][task.caption], task.owner, task.scale).mean().item()
+    for r in table.sample(25, random_state=0).itertuples():
+        model = without(clip.model, r.tower, r.layer, r.module, r.index, r.neurons)
+        assert r.score == pytest.approx(z_of(dense) - z_of({**dense, r.tower: encode(model, r.tower, task.x[r.tower])}), abs=1e-9)
+
+
+REFUSED = dict(
+    attentional_pooling=(dict(attentional_pool=True), {}, 'attention'),
+    scaled_cosine=(dict(block_type='custom', scaled_cosine_attn=True), {}, 'scaled_cosine_attn'),
+    scale_attn_inner=(dict(block_type='custom', scale_attn_inner=True), {}, 'scale_attn_inner'),
+    scale_fc=({}, dict(block_type='custom', scale_fc=True), 'scale_fc'))
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_what_cannot_be_exact_is_refused_by_name(name):
+    vision, text, word = REFUSED[name]
+    GRID[name] = (vision, text, {})
+    try:
+        with pytest.raises(ValueError, match=word): mope(model_of(name), synth_pairs(6))
+    finally: del GRID[name]
+
+
+def test_norms_across_heads_and_neurons_allow_layers():
+    GRID['inner'] = (dict(block_type='custom', scale_attn_inner=True, scale_fc=True), {}, {})
+    clip = model_of('inner'); del GRID['inner']
+    clip.model.float()
+    assert len(mope(clip, synth_pairs(6), modules=('layer', 'attn', 'mlp'))) == 3*5
+
+
+def test_coca_is_refused_by_name():
+    cfg = copy.deepcopy(tiny_clip().config)
+    cfg['model_cfg']['text_cfg'] = dict(context_length=12, vocab_size=50, width=32, heads=4, layers=2, embed_cls=True)
+    cfg['model_cfg']['custom_text'] = True
+    with pytest.raises(ValueError, match='CoCa'): build_clip(cfg, None)
+
+
+WORKER = '''
+import sys
+from mope_clip.clip import tiny_clip
+from mope_clip.data import synth_pairs
+from mope_clip.metrics import mope
+import mope_clip.metrics as M
+if len(sys.argv) > 2:   # slow enough to be killed in the middle, and to share
+    import time
+    one = M.one_layer
+    def slow(*a, **k): time.sleep(float(sys.argv[2])); print('layer', flush=True); return one(*a, **k)
+    M.one_layer = slow
+mope(tiny_clip(), synth_pairs(24, captions=3), groups=4, store=sys.argv[1])
+print('finished', flush=True)
+'''
+
+
+def start(store, *args):
+    return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', WORKER, store, *map(str, args)], stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, 'MOPE_CLIP_PROGRESS': '0', 'OMP_NUM_THREADS': '1'})
+
+
+def scores(store=None): return mope(tiny_clip(), synth_pairs(24, captions=3), groups=4, store=store)
+
+
+def test_two_processes_share_and_give_the_same_table(tmp_path):
+    both = [start(tmp_path, .8), start(tmp_path, .8)]
+    said = [p.communicate(timeout=120)[0].split() for p in both]
+    assert all(s[-1] == 'finished' for s in said)
+    assert sum(s.count('layer') for s in said) == 5, 'every layer was scored once'
+    assert min(s.count('layer') for s in said) >= 1, 'both worked'
+    pd.testing.assert_frame_equal(scores(tmp_path), scores(), check_like=False)
+
+
+def test_killed_process_loses_its_layer_only(tmp_path):
+    p = start(tmp_path, .6)
+    for _ in range(2): p.stdout.readline()
+    time.sleep(.2); p.send_signal(signal.SIGKILL); p.wait()
+    done = len(list(tmp_path.glob('*/*-?.parquet')))
+    assert 1 <= done < 5
+    again = start(tmp_path, 0)
+    assert again.communicate(timeout=120)[0].split().count('layer') == 5 - done
+    pd.testing.assert_frame_equal(scores(tmp_path), scores())
+
+
+def test_finished_batches_of_a_layer_are_not_computed_again(tmp_path, monkeypatch):
+    "Killed inside a layer: what was finished is read back, the rest computed, the features the same"
+    import mope_clip.engine as E
+    clip, pairs = tiny_clip(), synth_pairs(24)
+    task, slim = Scored(clip, pairs), prune(clip, whole_spec(clip))
+    wanted, calls = [('head', 0), ('head', 1)], []
+    new = lambda: Inputs(slim.vision, task.x['vision'], 8, 'cpu')
+    whole = one_layer(new(), 0, wanted, [])
+    finish = E.finish
+    def dies(*a):
+        calls.append(1)
+        if len(calls) == 4: raise KeyboardInterrupt
+        return finish(*a)
+    monkeypatch.setattr(E, 'finish', dies)
+    with pytest.raises(KeyboardInterrupt): one_layer(new(), 0, wanted, [], parts=tmp_path)
+    calls.clear(); monkeypatch.setattr(E, 'finish', lambda *a: (calls.append(1), finish(*a))[1])
+    again = one_layer(new(), 0, wanted, [], parts=tmp_path)
+    assert len(calls) == 4, 'one batch of three was finished'
+    assert all(torch.equal(whole[w], again[w]) for w in wanted)
