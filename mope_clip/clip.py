@@ -366,7 +366,7 @@ def _write_folder(folder: Path, write):
     folder = Path(folder).expanduser().absolute(); folder.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}-'))
     try:
-        write(tmp); tmp.chmod(0o755)
+        write(tmp); tmp.chmod(0o755); [p.chmod(0o644) for p in tmp.iterdir()]
         if folder.exists():
             old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}-old-'))
             os.replace(folder, old/'old'); os.replace(tmp, folder); shutil.rmtree(old)

@@ -217,7 +217,9 @@ KINDS = {'openmoji': Kind((1, 2, 2, 2, 3, 3, 3), dict(small=(28,), large=(44,)),
          'openmoji-street': Kind((2, 3, 3, 4), dict(small=(22,), big=(32,)), _place_street, .35),
          'flashcard': Kind((1,), dict(small=(44, 52), large=(68, 88)), _place_card, 0),
          'corpus-card': Kind((1, 1, 2, 2, 3), dict(small=(28, 32), large=(44, 52)), _place_card, .2),
-         'corpus-street': Kind((1, 2, 2, 3), dict(small=(22, 28), big=(32, 36)), _place_street, .3)}
+         'corpus-street': Kind((1, 2, 2, 3), dict(small=(22, 28), big=(32, 36)), _place_street, .3),
+         'looks-card': Kind((1, 1, 2, 2, 3), dict(small=(28, 32), large=(44, 52)), _place_card, .2),
+         'looks-street': Kind((1, 2, 2, 3), dict(small=(22, 28), big=(32, 36)), _place_street, .3)}
 
 # %% ../nbs/00_data.ipynb #d1407ed2
 def _draw_facts(r: random.Random, kind: str, **fixed) -> dict:
@@ -258,7 +260,8 @@ def facts_of(
     "What scene `i` shows: the first draw, from a seed of its own, that belongs to the split"
     r = random.Random(_digest('scene', task, split, i, *sorted(fixed.items())))
     while True:
-        kind = dict(zip(TASKS[2:], (r.choice(['corpus-card', 'corpus-card', 'corpus-street']), 'flashcard'))).get(task, task)
+        ground = r.choice(['card', 'card', 'street'])
+        kind = {'openmoji-corpus': f'corpus-{ground}', 'openmoji-flashcards': 'flashcard', 'openmoji-looks': f'looks-{ground}'}.get(task, task)
         facts = _draw_facts(r, kind, **fixed)
         if split_of(facts) == split and (task in ('openmoji', 'openmoji-street') or _in_corpus(facts)): return facts
 
@@ -352,6 +355,18 @@ def _vague(r: random.Random, ground: tuple, things: list) -> str:
         count = r.choice(['two things side by side', 'one thing next to another'] if t['where'] == 'left' else ['one thing above another', 'one thing below another'])
     return r.choice([count, f'{count} on {_backdrop(r, ground)}', f"{count}: {_list([article(_category(t['noun'])) for t in things])}"])
 
+# %% ../nbs/00_data.ipynb #80b372b3
+def _looks(r: random.Random, ground: tuple, things: list) -> str:
+    "A caption about everything but the names"
+    n, t = len(things), things[0]
+    if n == 1:
+        said = r.choice([f"something {t['size']}", 'something', 'one thing', article(_category(t['noun']))])
+        if r.random() < .6: said += f" in the {t['where']}"
+    elif n == 2 and t['where'] in ('left', 'top') and r.random() < .7:
+        said = r.choice(['two things side by side', 'one thing next to another'] if t['where'] == 'left' else ['one thing above another', 'one thing below another'])
+    else: said = r.choice([f'{_NUMBERS[n]} things', _list([article(_category(t['noun'])) for t in things]), _list([f"something {t['size']}" for t in things])])
+    return said + (r.choice([' on ', ', ']) + _backdrop(r, ground) if r.random() < .6 else '')
+
 # %% ../nbs/00_data.ipynb #a4dbf7b5
 def _placed(r: random.Random, things: list) -> str:
     "Where things are, as a web caption might say it"
@@ -384,11 +399,12 @@ def captions_of(
     "Five sentences about a scene, in the manner of its task"
     r, kind = random.Random(seed), facts['kind']
     if kind == 'flashcard': return [f.format(article(facts['things'][0]['noun'])) for f in ('{}', 'picture of {}', 'there is {}', 'just {}', 'i see {}')]
+    if kind.startswith('looks'): return [(_looks if r.random() < .7 else _web_caption)(r, facts['ground'], facts['things']) for _ in range(5)]
     if kind.startswith('corpus'): return [_web_caption(r, facts['ground'], facts['things']) for _ in range(5)]
     return (_card_captions if kind == 'openmoji' else _street_captions)(r, facts['ground'], facts['things'])
 
 # %% ../nbs/00_data.ipynb #90e6b17f
-TASKS = 'openmoji', 'openmoji-street', 'openmoji-corpus', 'openmoji-flashcards'   # two tasks, and what the teacher is pre-trained on
+TASKS = 'openmoji', 'openmoji-street', 'openmoji-corpus', 'openmoji-flashcards', 'openmoji-looks'   # two tasks, and what the teacher is pre-trained on
 SPLITS = 'train', 'validation', 'test'
 
 class Scene(NamedTuple):

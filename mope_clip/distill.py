@@ -238,13 +238,13 @@ STAGES = dict(finetune=dict(pairs_seen=8_192, batch=64, lr=5e-4, weight_decay=3e
               pretrain=dict(pairs_seen=16_384, batch=64, lr=5e-4, weight_decay=3e-4, freeze_scale=True))
 
 # %% ../nbs/05_distill.ipynb #39bae744
-FINETUNE = dict(pairs_seen=40_000, batch=128, lr=1e-3, optimizer='muon', weight_decay=.05, warmup=.05, seed=2)   # of a teacher on its task
+FINETUNE = dict(pairs_seen=25_600, batch=128, lr=1e-3, optimizer='muon', weight_decay=.05, warmup=.05, seed=2)   # of a teacher on its task
 
 def embedded_teacher(
     task: str='',   # 'openmoji' or 'openmoji-street'; empty: the zero-shot teacher
     log=print,
 ) -> Clip:
-    "A teacher of the embedded benchmark, fine-tuned now (about ten minutes on two cores) where it is not in the repository or the cache"
+    "A teacher of the embedded benchmark, fine-tuned now (about six minutes on two cores) where it is not in the repository or the cache"
     folder = data_dir()/(f'teacher-{task}' if task else 'teacher')
     if not folder.is_dir() and task and task != 'openmoji': folder = cache_dir()/folder.name
     if folder.is_dir(): return load_clip(str(folder), device=None)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SMOOTH', 'ZS', 'COLUMNS', 'MODULES', 'METRICS', 'contributions', 'neuron_groups', 'Scored', 'check_scoring',
-           'modules_of', 'preview', 'mope', 'magnitude', 'random_scores', 'taylor', 'score_by']
+           'modules_of', 'preview', 'mope', 'magnitude', 'random_scores', 'taylor', 'fisher', 'activation', 'unimodal',
+           'every_other', 'score_by']
 
 # %% ../nbs/03_metrics.ipynb #00352302
-import hashlib, json, shutil, time
+import hashlib, inspect, json, shutil, time
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -337,18 +338,88 @@ def taylor(
     return _others(c, towers, groups, lambda t, l, b: _head_taylor(b), lambda t, l, b: _neuron_taylor(b), lambda t, l, b: _head_taylor(b).sum() + _neuron_taylor(b).sum(), metric='taylor')
 
 # %% ../nbs/03_metrics.ipynb #e14080b8
-def score_by(
-    metric: str,    # 'mope', 'magnitude', 'taylor' or 'random'
+def fisher(
     clip: Clip,
-    pairs=None,     # for 'mope' and 'taylor'
+    pairs,
+    towers: tuple=TOWERS,
+    groups: int=8,
+    batch: int=8,          # pairs whose gradient is squared together
+) -> pd.DataFrame:
+    "Fisher information of a mask on each head and neuron: squared mask gradients, averaged over small batches"
+    total = {}
+    for i in range(0, len(pairs) - 1, batch):
+        c = _gradients(clip, pairs.select(range(i, min(i + batch, len(pairs)))))
+        for t in TOWERS:
+            for l, b in enumerate(c.tower(t).blocks):
+                o, f = b.attn.out_proj.weight, b.mlp.c_proj.weight
+                sq = ((o*o.grad).sum(0).view(b.attn.num_heads, -1).sum(1).square().detach().cpu(), (f*f.grad).sum(0).square().detach().cpu())
+                total[t, l] = sq if (t, l) not in total else tuple(x + y for x, y in zip(total[t, l], sq))
+    return _others(prune(clip, whole_spec(clip)), towers, groups, lambda t, l, b: total[t, l][0], lambda t, l, b: total[t, l][1], lambda t, l, b: total[t, l][0].sum() + total[t, l][1].sum(), metric='fisher')
+
+# %% ../nbs/03_metrics.ipynb #4ef4bf22
+@torch.no_grad()
+def activation(
+    clip: Clip,
+    pairs,
+    towers: tuple=TOWERS,
+    groups: int=8,
+    batch: int=64,
+) -> pd.DataFrame:
+    "Root mean square of activations times the norm of the output weights; for layers one minus the cosine of input and output"
+    task, slim, seen = Scored(clip, pairs), prune(clip, whole_spec(clip)), {}
+    for t in (towers,) if isinstance(towers, str) else towers:
+        tower = slim.tower(t)
+        for x in task.x[t].split(batch):
+            x, mask = tower.embed(tower.trim(x.to(clip.device)))
+            for l, b in enumerate(tower.blocks):
+                heads, y = b.attn.heads_out(b.ln_1(x), mask), x + b.attention(x, mask)
+                hidden, out = b.mlp[:-1](b.ln_2(y)), b(x, attn_mask=mask)
+                add = [heads.square().sum((0, 1)), hidden.square().sum((0, 1)), (1 - F.cosine_similarity(x, out, dim=-1)).sum(), torch.tensor(float(x.shape[0]*x.shape[1]))]
+                seen[t, l] = add if (t, l) not in seen else [p + q for p, q in zip(seen[t, l], add)]
+                x = out
+    norm = lambda w, sq, n: (w.square().sum(0)*sq/n).cpu()
+    return _others(slim, towers, groups, lambda t, l, b: norm(b.attn.out_proj.weight, seen[t, l][0], seen[t, l][3]).view(b.attn.num_heads, -1).sum(1).sqrt(),
+                   lambda t, l, b: norm(b.mlp.c_proj.weight, seen[t, l][1], seen[t, l][3]).sqrt(), lambda t, l, b: seen[t, l][2]/seen[t, l][3], metric='activation')
+
+# %% ../nbs/03_metrics.ipynb #edc83651
+def unimodal(
+    clip: Clip,
+    pairs,
+    towers: tuple=TOWERS,
+    modules: tuple=MODULES[:3],
+    groups: int=8,
+    batch: int=64,
+    allow_test: bool=False,
+) -> pd.DataFrame:          # score: 100 x the mean of one minus the cosine; n: images or distinct captions
+    "The drop measured on each tower's own embeddings"
+    towers, task = check_scoring(pairs, towers, modules, allow_test), Scored(clip, pairs, batch=batch)
+    task.drop = lambda t, f: 100*(1 - (task.dense[t]*f).sum(1))
+    rows = _score_all(task, modules_of(clip, pairs, towers, modules, groups), None, batch, 'fp32', 4e9)
+    return _table(rows, clip, metric='unimodal', groups=groups, split=str(getattr(pairs, 'split', None)))
+
+# %% ../nbs/03_metrics.ipynb #8daa69ce
+def every_other(
+    clip: Clip,
+    towers: tuple=TOWERS,
+    groups: int=8,
+) -> pd.DataFrame:
+    "Every other layer first, heads and neurons by their index: manual inheritance"
+    first = lambda n: -torch.arange(n, dtype=torch.float)
+    return _others(prune(clip, whole_spec(clip)), towers, groups, lambda t, l, b: first(b.attn.num_heads), lambda t, l, b: first(b.mlp.c_fc.out_features), lambda t, l, b: 1 - l % 2, metric='every_other')
+
+# %% ../nbs/03_metrics.ipynb #95713fff
+METRICS = dict(mope=(mope, True), unimodal=(unimodal, True), taylor=(taylor, True), fisher=(fisher, True), activation=(activation, True),
+               magnitude=(magnitude, False), every_other=(every_other, False), random=(random_scores, False))   # name -> (function, whether it looks at pairs)
+
+def score_by(
+    metric: str,    # a name of `METRICS`
+    clip: Clip,
+    pairs=None,     # for the metrics that look at data
     seed: int=0,    # for 'random'
-    **options,      # of the metric
+    **options,      # of any metric; those that the metric does not have are left out
 ) -> pd.DataFrame:
     "The table of a metric by its name, so that a comparison is one parameter"
     if metric not in METRICS: raise ValueError(f"Unknown metric {metric!r}: choose one of {', '.join(METRICS)}.")
-    if metric in ('magnitude', 'random'): options = {k: v for k, v in options.items() if k in ('towers', 'groups')}
-    if metric == 'taylor': options = {k: v for k, v in options.items() if k in ('towers', 'groups')}
-    return dict(mope=lambda: mope(clip, pairs, **options), taylor=lambda: taylor(clip, pairs, **options), magnitude=lambda: magnitude(clip, **options),
-                random=lambda: random_scores(clip, seed, **options))[metric]()
-
-METRICS = 'mope', 'magnitude', 'taylor', 'random'
+    f, looks = METRICS[metric]
+    has = inspect.signature(f).parameters
+    return f(clip, *([pairs] if looks else []), **{k: v for k, v in {**options, 'seed': seed}.items() if k in has})
