@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOWERS', 'OPEN_CLIP_WEIGHTS', 'FORMAT', 'PruneSpec', 'full_spec', 'compose', 'take', 'SlimAttention', 'Block',
-           'check_width', 'Tower', 'Clip', 'prune', 'shape_of', 'whole_spec', 'weights_hash', 'load_clip',
-           'save_open_clip', 'build_clip', 'word_tokenizer', 'small_config', 'tiny_clip']
+           'check_width', 'check_tower', 'Tower', 'Clip', 'prune', 'shape_of', 'whole_spec', 'weights_hash',
+           'load_clip', 'save_open_clip', 'build_clip', 'word_tokenizer', 'small_config', 'tiny_clip']
 
 # %% ../nbs/01_clip.ipynb #fa6cd3f4
 import hashlib, json, os, shutil, tempfile
@@ -180,13 +180,26 @@ class _shell(nn.Module):
         for n, m in block.mlp.named_children(): self.mlp.add_module(n, nn.Identity() if n in ('c_fc', 'c_proj') else m)
 
 # %% ../nbs/01_clip.ipynb #c597eab2
+def check_tower(
+    net: nn.Module, # what holds the transformer
+    name: str,      # 'vision' or 'text'
+):
+    "Refuse by name a tower that is not a plain transformer of open_clip"
+    blocks = getattr(getattr(net, 'transformer', None), 'resblocks', None)
+    if blocks is None or not all(hasattr(b, 'attn') and hasattr(b, 'mlp') for b in blocks):
+        raise ValueError(f'The {name} tower is a {type(net).__name__}: only the ViT and the text transformer of open_clip are supported, not timm, ResNet or Hugging Face towers.')
+    if getattr(net, 'attn_pool', None) is not None or getattr(net, 'cls_emb', None) is not None:
+        raise ValueError(f'The {name} tower pools by attention or by an appended class token (CoCa): that is not supported.')
+    if not getattr(net.transformer, 'batch_first', True): raise ValueError(f'The {name} tower is not batch_first: load it with a current open_clip.')
+
+# %% ../nbs/01_clip.ipynb #b2ecf32f
 class Tower(nn.Module):
     "One tower of an open_clip model as embed -> blocks -> pool, sharing its parameters"
     def __init__(self, model: nn.Module, name: str):
         super().__init__()
         self.name = name
         self.net = model.visual if name == 'vision' else getattr(model, 'text', model)
-        self._check()
+        check_tower(self.net, name)
 
     @property
     def blocks(self) -> nn.ModuleList: return self.net.transformer.resblocks
@@ -194,15 +207,6 @@ class Tower(nn.Module):
     def width(self) -> int: return self.blocks[0].ln_1.normalized_shape[0]
     @property
     def tokens(self) -> int: return self.net.positional_embedding.shape[0]
-
-    def _check(self):
-        n = self.net
-        blocks = getattr(getattr(n, 'transformer', None), 'resblocks', None)
-        if blocks is None or not all(hasattr(b, 'attn') and hasattr(b, 'mlp') for b in blocks):
-            raise ValueError(f'The {self.name} tower is a {type(n).__name__}: only the ViT and the text transformer of open_clip are supported, not timm, ResNet or Hugging Face towers.')
-        if getattr(n, 'attn_pool', None) is not None or getattr(n, 'cls_emb', None) is not None:
-            raise ValueError(f'The {self.name} tower pools by attention or by an appended class token (CoCa): that is not supported.')
-        if not getattr(n.transformer, 'batch_first', True): raise ValueError(f'The {self.name} tower is not batch_first: load it with a current open_clip.')
 
     def embed(self, x: torch.Tensor) -> tuple: # images (b, 3, s, s) or token ids (b, n)
         "The input of the first block (b, n, d), and the attention mask or None"

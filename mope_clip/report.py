@@ -76,17 +76,26 @@ def check_positive(
         if v < 1: raise ValueError(f'Parameter {k} is {v}, but must be at least 1.')
 
 # %% ../nbs/06_report.ipynb #5c8e3dfd
-def _imports(source: str) -> set:
-    "Modules of this library that a source imports"
-    return set(re.findall(r'(?m)^\s*from mope_clip\.(\w+) import', source))
-
-def _bare(source: str) -> str:
-    "The syntax tree of a module without docstrings"
+def _bare(source: str) -> ast.Module:
+    "The syntax tree of a source without docstrings"
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, 'body', None)
         if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0], 'value', None), ast.Constant): node.body = body[1:]
-    return ast.dump(tree)
+    return tree
+
+def _imports(tree: ast.AST) -> dict:
+    "What a source imports from this library: local name -> (module, name)"
+    return {a.asname or a.name: (n.module.removeprefix('mope_clip.'), a.name) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and str(n.module).startswith('mope_clip.') for a in n.names}
+
+def _definitions(tree: ast.Module) -> dict:
+    "Name -> the statements at the top of a module that define or extend it"
+    out = {}
+    for node in tree.body:
+        targets = [t for t in getattr(node, 'targets', [getattr(node, 'target', None)]) if t is not None]
+        names = [node.name] if hasattr(node, 'name') else [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+        for n in names: out.setdefault(n, []).append(node)
+    return out
 
 # %% ../nbs/06_report.ipynb #3a28d138
 def code_hash(
@@ -96,12 +105,16 @@ def code_hash(
     path = repo_root()/'nbs'/f'{name}.ipynb'
     if not path.is_file(): return ''
     source = '\n'.join(''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code')
-    todo, seen = _imports(source), {}
+    todo, seen, trees = set(_imports(ast.parse(source)).values()), {}, {}
     while todo:
-        m = todo.pop()
-        text = (Path(__file__).parent if '__file__' in globals() else repo_root()/'mope_clip').joinpath(f'{m}.py').read_text()
-        seen[m] = _bare(text); todo |= _imports(text) - set(seen)
-    return hashlib.sha256((source + ''.join(f'{m}{seen[m]}' for m in sorted(seen))).encode()).hexdigest()[:16]
+        m, name = todo.pop()
+        if m not in trees: trees[m] = _bare((Path(__file__).parent if '__file__' in globals() else repo_root()/'mope_clip').joinpath(f'{m}.py').read_text())
+        own, imported = _definitions(trees[m]), _imports(trees[m])
+        if name in imported: todo |= {imported[name]} - set(seen); continue
+        seen[m, name] = ''.join(map(ast.dump, own.get(name, [])))
+        used = {n.id for node in own.get(name, []) for n in ast.walk(node) if isinstance(n, ast.Name)}
+        todo |= ({(m, u) for u in used & set(own)} | {imported[u] for u in used & set(imported)}) - set(seen)
+    return hashlib.sha256((source + ''.join(f'{m}.{n}{seen[m, n]}' for m, n in sorted(seen))).encode()).hexdigest()[:16]
 
 # %% ../nbs/06_report.ipynb #3b38343f
 def _git(*args) -> str:
