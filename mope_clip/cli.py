@@ -34,13 +34,12 @@ def _parser() -> argparse.ArgumentParser:
 
 # %% ../nbs/07_cli.ipynb #e865e528
 def _run(name: str, parameters: dict) -> Path:
-    "Execute a notebook into its run folder; the last lines that it printed are shown again here"
+    "Execute a notebook into its run folder; what it prints is shown here, its headline last"
     task = parameters.get('task', 'openmoji')
-    folder = Path(parameters.get('out_dir') or repo_root()/'runs'/f'{name}-{task}')
-    print(f'Running {name}; the executed notebook will be {folder}/{name}.ipynb', flush=True)
-    out = run_notebook(name, folder/f'{name}.ipynb', parameters)
-    cells = [c for c in json.loads(out.read_text())['cells'] if c['cell_type'] == 'code']
-    print(''.join(''.join(o.get('text', '')) for o in cells[-1]['outputs']) + f'report:  {out}')
+    out = Path(parameters.get('out_dir') or repo_root()/'runs'/f'{name}-{task}')/f'{name}.ipynb'
+    print(f'Running {name}; the executed notebook will be {out}', flush=True)
+    run_notebook(name, out, parameters, stdout=sys.stdout)
+    print(f'report:  {out}')
     return out
 
 # %% ../nbs/07_cli.ipynb #96708991

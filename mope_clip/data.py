@@ -219,7 +219,8 @@ KINDS = {'openmoji': Kind((1, 2, 2, 2, 3, 3, 3), dict(small=(28,), large=(44,)),
          'corpus-card': Kind((1, 1, 2, 2, 3), dict(small=(28, 32), large=(44, 52)), _place_card, .2),
          'corpus-street': Kind((1, 2, 2, 3), dict(small=(22, 28), big=(32, 36)), _place_street, .3),
          'looks-card': Kind((1, 1, 2, 2, 3), dict(small=(28, 32), large=(44, 52)), _place_card, .2),
-         'looks-street': Kind((1, 2, 2, 3), dict(small=(22, 28), big=(32, 36)), _place_street, .3)}
+         'looks-street': Kind((1, 2, 2, 3), dict(small=(22, 28), big=(32, 36)), _place_street, .3),
+         'places': Kind((1, 2), dict(small=(28, 32), large=(44, 52)), _place_card, .2)}
 
 # %% ../nbs/00_data.ipynb #d1407ed2
 def _draw_facts(r: random.Random, kind: str, **fixed) -> dict:
@@ -261,7 +262,7 @@ def facts_of(
     r = random.Random(_digest('scene', task, split, i, *sorted(fixed.items())))
     while True:
         ground = r.choice(['card', 'card', 'street'])
-        kind = {'openmoji-corpus': f'corpus-{ground}', 'openmoji-flashcards': 'flashcard', 'openmoji-looks': f'looks-{ground}'}.get(task, task)
+        kind = {'openmoji-corpus': f'corpus-{ground}', 'openmoji-flashcards': 'flashcard', 'openmoji-looks': f'looks-{ground}', 'openmoji-places': 'places'}.get(task, task)
         facts = _draw_facts(r, kind, **fixed)
         if split_of(facts) == split and (task in ('openmoji', 'openmoji-street') or _in_corpus(facts)): return facts
 
@@ -367,6 +368,15 @@ def _looks(r: random.Random, ground: tuple, things: list) -> str:
     else: said = r.choice([f'{_NUMBERS[n]} things', _list([article(_category(t['noun'])) for t in things]), _list([f"something {t['size']}" for t in things])])
     return said + (r.choice([' on ', ', ']) + _backdrop(r, ground) if r.random() < .6 else '')
 
+# %% ../nbs/00_data.ipynb #7c9c15b5
+def _places(r: random.Random, ground: tuple, things: list) -> str:
+    "A caption about where things are, or on which texture, and little else"
+    t = things[0]
+    if r.random() < .2: said = r.choice(['something', 'one thing', 'two things'][len(things) - 1:]) + f' on {ground[1]} ground'
+    elif len(things) == 1: said = r.choice(['something', 'something', 'one thing', f"something {t['size']}"]) + f" in the {t['where']}"
+    else: said = r.choice(['two things side by side', 'one thing next to another'] if t['where'] == 'left' else ['one thing above another', 'one thing below another'])
+    return said
+
 # %% ../nbs/00_data.ipynb #a4dbf7b5
 def _placed(r: random.Random, things: list) -> str:
     "Where things are, as a web caption might say it"
@@ -399,12 +409,13 @@ def captions_of(
     "Five sentences about a scene, in the manner of its task"
     r, kind = random.Random(seed), facts['kind']
     if kind == 'flashcard': return [f.format(article(facts['things'][0]['noun'])) for f in ('{}', 'picture of {}', 'there is {}', 'just {}', 'i see {}')]
+    if kind == 'places': return [(_places if r.random() < .75 else _web_caption)(r, facts['ground'], facts['things']) for _ in range(5)]
     if kind.startswith('looks'): return [(_looks if r.random() < .7 else _web_caption)(r, facts['ground'], facts['things']) for _ in range(5)]
     if kind.startswith('corpus'): return [_web_caption(r, facts['ground'], facts['things']) for _ in range(5)]
     return (_card_captions if kind == 'openmoji' else _street_captions)(r, facts['ground'], facts['things'])
 
 # %% ../nbs/00_data.ipynb #90e6b17f
-TASKS = 'openmoji', 'openmoji-street', 'openmoji-corpus', 'openmoji-flashcards', 'openmoji-looks'   # two tasks, and what the teacher is pre-trained on
+TASKS = 'openmoji', 'openmoji-street', 'openmoji-corpus', 'openmoji-flashcards', 'openmoji-looks', 'openmoji-places'   # two tasks, and what the teacher is pre-trained on
 SPLITS = 'train', 'validation', 'test'
 
 class Scene(NamedTuple):
@@ -526,7 +537,8 @@ def suites(
 ) -> dict: # name -> `Suite`
     "The zero-shot suites of the benchmark"
     C, cats = concepts(), sorted({c.category for c in concepts()})
-    ground = ('{}', 'two things on {}', 'one thing on {}')
+    said = ('something', 'something small', 'something large', 'one thing', 'two things', 'three things', 'two things side by side', 'one thing above another')
+    ground = tuple(f'{s} on {{}}' for s in said)
     return {
         'concept': Suite(tuple(article(c.noun) for c in C), tuple(dict(n=1, noun=c.noun) for c in C), ('{}', 'picture of {}', 'just {}')),
         'category': Suite(tuple(article(c) for c in cats), tuple(dict(n=1, category=c) for c in cats), ('{}', 'picture of {}', 'just {}')),
@@ -535,7 +547,7 @@ def suites(
         'setting': Suite(tuple(f'the {s}' for s in SETTINGS), tuple(dict(setting=s) for s in SETTINGS), ground, 'openmoji-street'),
         'count': Suite(('one thing', 'two things', 'three things'), tuple(dict(n=k) for k in (1, 2, 3)), ('{}', 'there is {}', 'just {}')),
         'size': Suite(('something small', 'something large'), (dict(n=1, size='small'), dict(n=1, size='large')), ('{}', 'picture of {}')),
-        'position': Suite(tuple(f'something in the {q}' for q in _QUADRANTS), tuple(dict(n=1, where=q) for q in _QUADRANTS), ('{}', 'picture of {}')),
+        'position': Suite(tuple(f'in the {q}' for q in _QUADRANTS), tuple(dict(n=1, where=q) for q in _QUADRANTS), tuple(f'{s} {{}}' for s in said[:4])),
         'relation': Suite(('two things side by side', 'one thing above another'), (dict(n=2, where='left'), dict(n=2, where='top')), ('{}', 'picture of {}'))}
 
 # %% ../nbs/00_data.ipynb #ef1db332

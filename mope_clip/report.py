@@ -312,6 +312,7 @@ def run_notebook(
     out: Path,                # the executed notebook
     parameters: dict,
     timeout: int=None,        # seconds a cell
+    stdout=None,              # a file that shows what the notebook prints as it prints it
 ) -> Path:
     "Execute a template with parameters; `out` appears only when it finished"
     import papermill
@@ -320,7 +321,7 @@ def run_notebook(
     space = {'__annotations__': {k: dict(str=str, int=int, float=float, bool=bool, list=list)[t] for k, (t, _) in known.items()}, **{k: d for k, (_, d) in known.items()}, **parameters}
     check_parameters(space)
     with tempfile.TemporaryDirectory() as tmp:
-        try: papermill.execute_notebook(str(path), f'{tmp}/out.ipynb', parameters=parameters, kernel_name='python3', progress_bar=False, execution_timeout=timeout, cwd=str(repo_root()))
+        try: papermill.execute_notebook(str(path), f'{tmp}/out.ipynb', parameters=parameters, kernel_name='python3', progress_bar=False, execution_timeout=timeout, stdout_file=stdout, cwd=str(repo_root()))
         except papermill.PapermillExecutionError as e:
             kind = dict(ValueError=ValueError, FileNotFoundError=FileNotFoundError, ImportError=ImportError).get(e.ename, RuntimeError)
             raise kind(f'{e.evalue}' if kind is not RuntimeError else f'cell {e.exec_count} of {name} raised {e.ename}: {e.evalue}') from None
