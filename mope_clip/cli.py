@@ -59,4 +59,4 @@ def main(
     return 0
 
 # %% ../nbs/07_cli.ipynb #df41b170
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
