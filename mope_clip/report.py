@@ -406,6 +406,7 @@ def write_readme(
 def _field(path: str) -> str:
     "The number that `report|stage|metric` names in the committed results, with one decimal"
     name, stage, metric = path.split('|')
+    if not (repo_root()/'reports'/name/'results.json').is_file(): return '(not run yet)'
     r = json.loads((repo_root()/'reports'/name/'results.json').read_text())
     if stage == 'minutes': return f"{r['provenance']['wall_time']/60:.1f}"
     if stage == 'cost': return str(r['cost'][metric])
