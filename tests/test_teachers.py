@@ -34,6 +34,6 @@ def test_fine_tuned_teacher_retrieves():
 
 @pytest.mark.parametrize('suite', list(suites()))
 def test_zero_shot_teacher_is_above_chance(suite):
-    n = 200
+    n = 1000   # as in the report: position and relation are well above chance, not far above it
     top1, chance = zero_shot(load_clip(str(ROOT/'data'/'teacher'), device='cpu'), load_labelled(suite, 'validation', n))['top1'], 100/len(suites()[suite].classes)
     assert top1 > chance + 3*(chance*(100 - chance)/n)**.5
