@@ -5,16 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: finetune test reports clean
+.PHONY: finetune test clean
 
 finetune: $(STAMP)
 	$(BIN)/python -m mope_clip.cli run 20_finetune -p task $(TASK)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest tests -q
-
-reports: $(STAMP)
-	$(BIN)/mope report --all
 
 # made again when a requirement changes; the stamp is written last, so a killed installation is taken up again
 $(STAMP): settings.ini constraints.txt setup.py
