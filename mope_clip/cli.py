@@ -36,9 +36,10 @@ def _parser() -> argparse.ArgumentParser:
 def _run(name: str, parameters: dict) -> Path:
     "Execute a notebook into its run folder; what it prints is shown here, its headline last"
     task = parameters.get('task', 'openmoji')
-    out = Path(parameters.get('out_dir') or repo_root()/'runs'/f'{name}-{task}')/f'{name}.ipynb'
+    folder = Path(str(parameters.get('out_dir') or repo_root()/'runs'/f'{name}-{task}')).expanduser().absolute()
+    out = folder/f'{name}.ipynb'
     print(f'Running {name}; the executed notebook will be {out}', flush=True)
-    run_notebook(name, out, parameters, stdout=sys.stdout)
+    run_notebook(name, out, {**parameters, **({'out_dir': str(folder)} if 'out_dir' in parameters else {})}, stdout=sys.stdout)
     print(f'report:  {out}')
     return out
 
@@ -53,7 +54,7 @@ def main(
         elif a.command == 'report': print(report(a.name, a.scale, **{k: _value(v) for k, v in a.p}))
         elif a.command == 'index': print(write_index())
         else: print(write_readme(a.check))
-    except (ValueError, FileNotFoundError, ImportError) as e:
+    except (ValueError, FileNotFoundError, ImportError, RuntimeError) as e:
         print(f'mope: {e}', file=sys.stderr)
         return 1
     return 0

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOWERS', 'OPEN_CLIP_WEIGHTS', 'FORMAT', 'PruneSpec', 'full_spec', 'compose', 'take', 'SlimAttention', 'Block',
-           'check_width', 'check_tower', 'Tower', 'Clip', 'prune', 'shape_of', 'whole_spec', 'weights_hash',
+           'check_width', 'check_tower', 'Tower', 'Clip', 'shape_of', 'whole_spec', 'prune', 'weights_hash',
            'load_clip', 'save_open_clip', 'build_clip', 'word_tokenizer', 'small_config', 'tiny_clip']
 
 # %% ../nbs/01_clip.ipynb #fa6cd3f4
@@ -82,7 +82,7 @@ class SlimAttention(nn.Module):
         self.num_heads, self.head_dim = heads, head_dim
         self.in_proj_weight = nn.Parameter(torch.empty(3*heads*head_dim, d))
         self.in_proj_bias = nn.Parameter(torch.empty(3*heads*head_dim)) if bias else None
-        self.out_proj = nn.Linear(heads*head_dim, d)
+        self.out_proj = nn.utils.skip_init(nn.Linear, heads*head_dim, d)   # filled by whoever builds it; zero heads are allowed
         self.ln_q, self.ln_k, self.ln_inner = (deepcopy(getattr(like, n, nn.Identity())) for n in ('ln_q', 'ln_k', 'ln_inner'))
         self.head_scale = nn.Parameter(torch.empty(heads, 1, 1)) if getattr(like, 'head_scale', None) is not None else None
 
@@ -288,23 +288,6 @@ class Clip:
         n = lambda t: f"{len(self.tower(t).blocks)} layers, heads {[b.attn.num_heads for b in self.tower(t).blocks]}, neurons {[b.mlp.c_fc.out_features for b in self.tower(t).blocks]}"
         return f"Clip({self.config.get('name', 'model')}; vision: {n('vision')}; text: {n('text')})"
 
-# %% ../nbs/01_clip.ipynb #d35edf8a
-def _shape(tower: Tower) -> dict:
-    "Layers, heads and neurons of a dense tower"
-    return dict(layers=len(tower.blocks), heads=tower.blocks[0].attn.num_heads, neurons=tower.blocks[0].mlp.c_fc.out_features)
-
-def prune(
-    clip: Clip,
-    spec: PruneSpec, # by position in `clip`: its base is the shape of `clip`
-) -> Clip:           # a new model with smaller tensors
-    "A copy of `clip` from which everything that `spec` does not keep is really removed"
-    out = clip.copy()
-    out.spec = compose(clip.spec, spec)
-    for t in TOWERS:
-        blocks = clip.tower(t).blocks
-        out.tower(t).net.transformer.resblocks = nn.ModuleList(_slim(blocks[l], **kept) for l, kept in getattr(spec, t).items())
-    return out
-
 # %% ../nbs/01_clip.ipynb #a283a199
 def shape_of(
     clip: Clip,
@@ -319,6 +302,27 @@ def whole_spec(
     shape = clip if isinstance(clip, dict) else shape_of(clip)
     base = {t: dict(layers=len(s), heads=max(h for h, _ in s), neurons=max(f for _, f in s)) for t, s in shape.items()}
     return PruneSpec(**{t: {l: dict(heads=list(range(h)), neurons=list(range(f))) for l, (h, f) in enumerate(s)} for t, s in shape.items()}, base=base)
+
+# %% ../nbs/01_clip.ipynb #d35edf8a
+def _shape(tower: Tower) -> dict:
+    "Layers, heads and neurons of a dense tower"
+    return dict(layers=len(tower.blocks), heads=tower.blocks[0].attn.num_heads, neurons=tower.blocks[0].mlp.c_fc.out_features)
+
+def prune(
+    clip: Clip,
+    spec: PruneSpec, # by position in `clip`: its base is the shape of `clip`
+) -> Clip:           # a new model with smaller tensors
+    "A copy of `clip` from which everything that `spec` does not keep is really removed"
+    for t, shape in shape_of(clip).items():
+        for l, kept in getattr(spec, t).items():
+            if l >= len(shape) or max([-1, *kept['heads']]) >= shape[l][0] or max([-1, *kept['neurons']]) >= shape[l][1]:
+                raise ValueError(f'The specification keeps something of {t} layer {l} that this model does not have: it must be by position in the model ({len(shape)} {t} layers).')
+    out = clip.copy()
+    out.spec = compose(clip.spec, spec)
+    for t in TOWERS:
+        blocks = clip.tower(t).blocks
+        out.tower(t).net.transformer.resblocks = nn.ModuleList(_slim(blocks[l], **kept) for l, kept in getattr(spec, t).items())
+    return out
 
 # %% ../nbs/01_clip.ipynb #bced48a2
 def weights_hash(
@@ -349,19 +353,27 @@ def load_clip(
     if not name.startswith('hf-hub:') and not pretrained:
         raise ValueError(f'{name} without weights would be random: pass pretrained=, one of {", ".join(open_clip.list_pretrained_tags_by_model(name)) or "a checkpoint file"}.')
     model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained, device=device)
-    config = dict(name=name, model_cfg=open_clip.get_model_config(name) if not name.startswith('hf-hub:') else None, tokenizer=name)
+    config = dict(name=name, model_cfg=_model_config(name), preprocess_cfg={k: v for k, v in model.visual.preprocess_cfg.items() if k in ('mean', 'std', 'interpolation', 'resize_mode', 'fill_color')}, tokenizer=name)
     return Clip(model.eval(), preprocess, open_clip.get_tokenizer(name), config)
 
 # %% ../nbs/01_clip.ipynb #b2f4079a
+def _model_config(name: str) -> dict:
+    "open_clip's configuration of a model by name, or of one on the hub"
+    if not name.startswith('hf-hub:'): return open_clip.get_model_config(name)
+    from huggingface_hub import hf_hub_download
+    return json.loads(Path(hf_hub_download(name.removeprefix('hf-hub:'), 'open_clip_config.json')).read_text())['model_cfg']
+
+# %% ../nbs/01_clip.ipynb #aba720b1
 OPEN_CLIP_WEIGHTS = 'open_clip_model.safetensors', 'open_clip_pytorch_model.bin', 'model.safetensors', 'pytorch_model.bin'
 
 def _load_open_clip_folder(folder: Path, device: str) -> Clip:
     "A folder in open_clip's own format"
     if not (folder/'open_clip_config.json').is_file(): raise FileNotFoundError(f'{folder} holds no open_clip_config.json and no config.json of this library: it is not a model folder.')
-    if not any((folder/w).is_file() for w in (*OPEN_CLIP_WEIGHTS, *[p.name for p in folder.glob('*.safetensors')])):
+    if not any((folder/w).is_file() for w in (*OPEN_CLIP_WEIGHTS, *[p.name for e in ('safetensors', 'bin', 'pth') for p in folder.glob(f'*.{e}')])):
         raise FileNotFoundError(f'{folder} has a configuration but no weights ({OPEN_CLIP_WEIGHTS[0]}): copy them there, or train the teacher with nbs/10_teacher.ipynb.')
     model, _, preprocess = open_clip.create_model_and_transforms(f'local-dir:{folder}', device=device)
     config = json.loads((folder/'open_clip_config.json').read_text())
+    if 'hf_tokenizer_name' not in config['model_cfg'].get('text_cfg', {}): config['tokenizer'] = 'ViT-B-32'   # open_clip's own vocabulary
     return Clip(model.eval(), preprocess, open_clip.get_tokenizer(f'local-dir:{folder}'), dict(name=folder.name, **config))
 
 # %% ../nbs/01_clip.ipynb #294c4a7d
@@ -384,6 +396,7 @@ def save_open_clip(
 ):
     "Write a dense model in open_clip's own folder format (`local-dir:`), tokenizer included"
     from safetensors.torch import save_file
+    if any(isinstance(b, Block) for t in TOWERS for b in clip.tower(t).blocks): raise ValueError("open_clip's format has no room for a pruned model: use clip.save(folder).")
     def write(tmp):
         save_file({k: v.to(dtype).contiguous() if v.is_floating_point() else v.contiguous() for k, v in clip.model.state_dict().items()}, tmp/OPEN_CLIP_WEIGHTS[0])
         (tmp/'open_clip_config.json').write_text(json.dumps({k: clip.config[k] for k in ('model_cfg', 'preprocess_cfg')}, indent=2))
@@ -417,7 +430,8 @@ def _load_saved(folder: Path, device: str) -> Clip:
     spec = PruneSpec(**config['spec'])
     clip = build_clip({k: v for k, v in config.items() if k not in ('format', 'library', 'spec')}, _tokenizer(folder, config))
     clip = prune(clip, spec)
-    clip.model.load_state_dict(load_file(folder/'model.safetensors'), strict=True)
+    weights = load_file(folder/'model.safetensors')
+    clip.model.to(next(w.dtype for w in weights.values() if w.is_floating_point())).load_state_dict(weights, strict=True)
     clip.model.to(device).eval()
     return clip
 
@@ -426,7 +440,7 @@ def _tokenizer(folder: Path, config: dict):
     "The tokenizer saved in a folder, or open_clip's own for its models"
     text = config['model_cfg'].get('text_cfg', {})
     if (folder/'tokenizer_config.json').is_file(): return open_clip.tokenizer.HFTokenizer(str(folder), context_length=text.get('context_length', 77), **text.get('tokenizer_kwargs', {}))
-    return open_clip.get_tokenizer(config['tokenizer'])
+    return open_clip.get_tokenizer(config['tokenizer'], context_length=text.get('context_length', 77))
 
 def build_clip(
     config: dict,  # {'model_cfg': open_clip's, 'preprocess_cfg': {...}, 'name': ...}

@@ -74,18 +74,22 @@ def _choose(captions: list, seed: int, position: int) -> str:
 class Batches:
     "Endless batches of (images, token ids) from a data set or a stream, with a state that can be saved"
     def __init__(self, clip: Clip, pairs, batch: int, seed: int=0):
-        self.clip, self.pairs, self.batch, self.seed, self.position = clip, pairs, batch, seed, 0
+        self.clip, self.pairs, self.batch, self.seed, self.position, self.epoch = clip, pairs, batch, seed, 0, 0
         self.stream = not hasattr(pairs, '__len__')
 
     def state(self): return dict(position=self.position, stream=self.pairs.state_dict() if self.stream else None)
     def load(self, state):
         self.position = state['position']
-        if self.stream: self.pairs.load_state_dict(state['stream'])
+        if self.stream:
+            self.epoch = state['stream'].get('epoch', 0)
+            self.pairs.set_epoch(self.epoch); self.pairs.load_state_dict(state['stream'])
 
     def rows(self):
         "Examples from the saved position on, over and over"
         while True:
-            if self.stream: yield from self.pairs
+            if self.stream:
+                yield from self.pairs
+                self.epoch += 1; self.pairs.set_epoch(self.epoch)
             else:
                 epoch, start = divmod(self.position, len(self.pairs))
                 order = np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
@@ -132,6 +136,7 @@ def _distillation(student: Clip, teacher: Clip, recipe: Recipe):
         if recipe.weights[3]:
             losses['hidden_loss'] = sum(hidn(out[f'{n}_hidden'], t[f'{n}_hidden'], layers[tw])['hidden_loss'] for n, tw in (('image', 'vision'), ('text', 'text')))
         return {k: w*v for (k, v), w in zip(losses.items(), recipe.weights) if w}
+    objective.name = weights_hash(teacher)   # so that a checkpoint is never taken up with another teacher
     return objective
 
 # %% ../nbs/05_distill.ipynb #80c2575a
@@ -151,10 +156,10 @@ def _set_lr(optimizers: list, lr: float):
         for g in o.param_groups: g['lr'] = lr/(1 + k)
 
 # %% ../nbs/05_distill.ipynb #8d238183
-def _run_key(clip: Clip, pairs, recipe: Recipe) -> str:
-    "Names a run by its starting weights, its settings and its first pair, so that a checkpoint is never taken up by another run"
+def _run_key(clip: Clip, pairs, recipe: Recipe, objective: str='') -> str:
+    "Names a run by its starting weights, its settings, its objective and its first pair, so that a checkpoint is never taken up by another run"
     row = next(iter(pairs))
-    return hashlib.sha256((weights_hash(clip) + json.dumps(asdict(recipe)) + json.dumps(row['captions'])).encode() + row['image'].tobytes()).hexdigest()[:16]
+    return hashlib.sha256((weights_hash(clip) + json.dumps(asdict(recipe)) + objective + json.dumps(row['captions'])).encode() + row['image'].tobytes()).hexdigest()[:16]
 
 # %% ../nbs/05_distill.ipynb #bc65c95e
 def _fit(clip: Clip, pairs, recipe: Recipe, objective, hidden: bool, folder=None, validation=None, every: int=0, checkpoint_every: int=200, log=print) -> Clip:
@@ -163,7 +168,8 @@ def _fit(clip: Clip, pairs, recipe: Recipe, objective, hidden: bool, folder=None
     steps = max(1, recipe.pairs_seen//recipe.batch)
     clip.model.train(); clip.logit_scale.requires_grad_(not recipe.freeze_scale)
     opts, batches, forward = _optimizers(clip, recipe), Batches(clip, pairs, recipe.batch, recipe.seed), Forward(clip, hidden)
-    start, history, state = 0, [], folder/f'{_run_key(clip, pairs, recipe)}.pt' if folder else None
+    key = _run_key(clip, pairs, recipe, getattr(objective, 'name', ''))
+    start, history, state = 0, [], folder/f'{key}.pt' if folder else None
     if state and state.is_file():
         s = torch.load(state, map_location=clip.device, weights_only=True)
         clip.model.load_state_dict(s['model']); [o.load_state_dict(d) for o, d in zip(opts, s['optimizers'])]; batches.load(s['batches'])

@@ -47,6 +47,7 @@ def ranks(
 ) -> tuple:                       # (n,) ranks of images' best captions, (m,) ranks of captions' images, from 0
     "How many wrong answers are at least as similar as the right one"
     n, m = len(image_features), len(text_features)
+    if not (image_features.isfinite().all() and text_features.isfinite().all()): raise ValueError('Features hold NaN or infinite values: the model is broken, or its precision too low.')
     sims, cols = image_features @ text_features.T, torch.arange(m)
     mine = sims[owner, cols]                                                  # (m,) similarity of each caption to its image
     best = torch.full((n,), -torch.inf, dtype=sims.dtype).scatter_reduce_(0, owner, mine, 'amax')

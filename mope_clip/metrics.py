@@ -296,7 +296,7 @@ def _others(clip: Clip, towers, groups: int, heads, neurons, layer, **made_by) -
         for l, b in enumerate(clip.tower(t).blocks):
             s, h = neurons(t, l, b), heads(t, l, b)
             rows += [dict(tower=t, module='head', layer=l, index=i, neurons=None, score=float(v), se=np.nan, n=0) for i, v in enumerate(h)]
-            rows += [dict(tower=t, module='ffn', layer=l, index=i, neurons=g, score=float(s[g].mean()), se=np.nan, n=0) for i, g in enumerate(neuron_groups(s.argsort(descending=True), groups))]
+            rows += [dict(tower=t, module='ffn', layer=l, index=i, neurons=g, score=float(s[g].mean()), se=np.nan, n=0) for i, g in enumerate(neuron_groups(s.argsort(descending=True), min(groups, len(s))) if len(s) else [])]
             rows.append(dict(tower=t, module='layer', layer=l, index=0, neurons=None, score=float(layer(t, l, b)), se=np.nan, n=0))
     return _table(rows, clip, groups=groups, **made_by)
 
@@ -346,13 +346,13 @@ def fisher(
     batch: int=8,          # pairs whose gradient is squared together
 ) -> pd.DataFrame:
     "Fisher information of a mask on each head and neuron: squared mask gradients, averaged over small batches"
-    total = {}
-    for i in range(0, len(pairs) - 1, batch):
+    total, starts = {}, range(0, len(pairs) - 1, batch)
+    for i in starts:
         c = _gradients(clip, pairs.select(range(i, min(i + batch, len(pairs)))))
         for t in TOWERS:
             for l, b in enumerate(c.tower(t).blocks):
                 o, f = b.attn.out_proj.weight, b.mlp.c_proj.weight
-                sq = ((o*o.grad).sum(0).view(b.attn.num_heads, -1).sum(1).square().detach().cpu(), (f*f.grad).sum(0).square().detach().cpu())
+                sq = ((o*o.grad).sum(0).view(b.attn.num_heads, -1).sum(1).square().detach().cpu()/len(starts), (f*f.grad).sum(0).square().detach().cpu()/len(starts))
                 total[t, l] = sq if (t, l) not in total else tuple(x + y for x, y in zip(total[t, l], sq))
     return _others(prune(clip, whole_spec(clip)), towers, groups, lambda t, l, b: total[t, l][0], lambda t, l, b: total[t, l][1], lambda t, l, b: total[t, l][0].sum() + total[t, l][1].sum(), metric='fisher')
 

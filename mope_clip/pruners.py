@@ -9,7 +9,7 @@ __all__ = ['plan_width', 'plan_depth', 'masked', 'stepwise', 'relative', 'mope_s
 import pandas as pd
 import torch
 
-from .clip import TOWERS, Clip, PruneSpec, compose, prune, whole_spec
+from .clip import TOWERS, Clip, PruneSpec, compose, prune, shape_of, whole_spec
 from .data import progress
 from .evaluate import encode
 from .metrics import Scored, _row, check_scoring, mope
@@ -41,9 +41,10 @@ def plan_width(
     floor: int=1,           # heads and groups that a layer keeps at least, for 'global'
 ) -> PruneSpec:             # by position in the scored model
     "Which heads and neurons stay in the towers that were scored"
-    keep_count(1, keep)
+    if not isinstance(keep, dict): keep_count(1, keep)
     if rank not in ('layer', 'global'): raise ValueError(f"rank is 'layer' or 'global', not {rank!r}.")
-    best = {(t, m): _best(scores[(scores.tower == t) & (scores.module == m)], keep, rank, floor) for t in set(scores.tower) for m in ('head', 'ffn')}
+    share = keep if isinstance(keep, dict) else {m: dict.fromkeys(TOWERS, keep) for m in ('head', 'ffn')}     # `stepwise` gives each its own
+    best = {(t, m): _best(scores[(scores.tower == t) & (scores.module == m)], share[m][t], rank, floor) for t in set(scores.tower) for m in ('head', 'ffn')}
     for (t, m), rows in best.items():
         if rows.empty: raise ValueError(f'The table scores no {m} of the {t} tower: score with modules that include {m!r}.')
     def keep_layer(t, l, kept):
@@ -57,10 +58,11 @@ def plan_depth(
     keep: float=0.75,       # fraction of layers kept
 ) -> PruneSpec:             # by position in the scored model
     "Which layers stay in the towers that were scored: the best of one ranking"
-    keep_count(1, keep)
+    share = keep if isinstance(keep, dict) else dict.fromkeys(TOWERS, keep)
+    for k in share.values(): keep_count(1, k)
     layers = scores[scores.module == 'layer']
     if layers.empty: raise ValueError("The table scores no layer: score with modules that include 'layer'.")
-    best = {t: set(_best(r.assign(layer=0), keep, 'layer', 1)['index']) for t, r in layers.assign(index=layers.layer).groupby('tower')}
+    best = {t: set(_best(r.assign(layer=0), share[t], 'layer', 1)['index']) for t, r in layers.assign(index=layers.layer).groupby('tower')}
     return _spec(scores, lambda t, l, kept: kept if t not in best or l in best[t] else None)
 
 # %% ../nbs/04_pruners.ipynb #8b617c41
@@ -101,8 +103,13 @@ def stepwise(
     start, now, left = clip.spec, clip, 1.
     while left > keep + 1e-9:
         target = max(keep, left - (1/max(layers.values()) if depth else step))
-        scores = mope(now, pairs, modules=('layer',) if depth else ('head', 'ffn'), groups=max(1, round(groups*left)), **options)
-        now = prune(now, plan_depth(scores, target/left) if depth else plan_width(scores, target/left, rank))
+        scores = mope(now, pairs, modules=('layer',) if depth else ('head', 'ffn'), groups=keep_count(groups, left), **options)
+        share = {'layer': {}, 'head': {}, 'ffn': {}}                    # of what is there now, so that counts are those of the original
+        for t, shape in shape_of(now).items():
+            share['layer'][t] = keep_count(layers[t], target)/len(shape)
+            share['head'][t] = sum(keep_count(h, target) for h, _ in shape_of(clip)[t])/sum(h for h, _ in shape)
+            share['ffn'][t] = keep_count(groups, target)/keep_count(groups, left)
+        now = prune(now, plan_depth(scores, share['layer']) if depth else plan_width(scores, share, rank))
         left = target
     return relative(start, now.spec)
 

@@ -52,7 +52,7 @@ def check_parameters(
 ) -> dict:           # name -> value
     "The annotated parameters of a notebook; `ValueError` names an unknown or wrongly typed one"
     kinds = {k: v for k, v in namespace.get('__annotations__', {}).items() if not k.startswith('_')}
-    plain = {k for k, v in namespace.items() if not k.startswith('_') and k not in ('In', 'Out') and not k.isupper() and (v is None or isinstance(v, (str, int, float, bool, list, tuple, dict))) and k not in kinds}
+    plain = {k for k, v in namespace.items() if not k.startswith('_') and k not in ('In', 'Out') and (v is None or isinstance(v, (str, int, float, bool)) or not k.isupper() and isinstance(v, (list, tuple, dict))) and k not in kinds}
     for k in sorted(plain):
         near = difflib.get_close_matches(k, kinds, 1)
         raise ValueError(f"Unknown parameter {k!r}{f', did you mean {near[0]!r}' if near else ''}? The parameters are {', '.join(kinds)}.")
@@ -317,7 +317,9 @@ def run_notebook(
     "Execute a template with parameters; `out` appears only when it finished"
     import papermill
     path, out = repo_root()/'nbs'/f'{name}.ipynb', Path(out)
+    if not path.is_file(): raise ValueError(f"There is no notebook {name!r}: choose one of {', '.join(sorted(p.stem for p in (repo_root()/'nbs').glob('[1-9]*.ipynb')))}.")
     known = _template_parameters(path)
+    if odd := [k for k in parameters if k.startswith('_')]: raise ValueError(f"Unknown parameter {odd[0]!r}: the parameters are {', '.join(known)}.")
     space = {'__annotations__': {k: dict(str=str, int=int, float=float, bool=bool, list=list)[t] for k, (t, _) in known.items()}, **{k: d for k, (_, d) in known.items()}, **parameters}
     check_parameters(space)
     with tempfile.TemporaryDirectory() as tmp:
@@ -346,7 +348,8 @@ def report(
     made = [p for p in work.iterdir() if p.suffix in ('.ipynb', '.json', '.png', '.csv', '.svg', '.tex') and p.stat().st_mtime >= started - 1]
     shutil.rmtree(folder, ignore_errors=True); folder.mkdir(parents=True)
     for p in made: shutil.copy(p, folder/p.name)
-    for p in (folder/out.name, folder/'results.json'): _tidy(p)
+    for p in (folder/out.name, folder/'results.json'):
+        if p.is_file(): _tidy(p)
     if scale == 'full': write_index()
     return folder
 
@@ -392,7 +395,7 @@ def headline(
 def write_readme(
     check: bool=False, # change nothing, but raise if the README is out of date
 ) -> Path:
-    "Write `README.md` from the Markdown cells of `nbs/index.ipynb` and the results that its `{{name.metric.stage}}` fields name"
+    "Write `README.md` from the Markdown cells of `nbs/index.ipynb` and the results that its `{{name|stage|metric}}` fields name"
     root = repo_root()
     cells = json.loads((root/'nbs'/'index.ipynb').read_text())['cells']
     text = '\n\n'.join(''.join(c['source']).strip() for c in cells if c['cell_type'] == 'markdown' and ''.join(c['source']).strip())

@@ -25,7 +25,7 @@ def keep_count(
 ) -> int:
     "n x keep, rounded half up, at least 1"
     if isinstance(keep, bool) or not 0 < keep <= 1: raise ValueError(f'keep is the fraction that stays, above 0 and at most 1, not {keep}.')
-    return max(1, math.floor(n*keep + .5))
+    return max(1, math.floor(round(n*keep, 9) + .5))   # 25 x 0.58 is 14.5, not 14.499999
 
 def competitions(
     scores: pd.DataFrame, # a table of `metrics`
