@@ -18,7 +18,7 @@ import torch
 
 from .clip import TOWERS, Clip
 from .data import TASKS, data_dir, sprites_sha, write_atomic
-from .evaluate import cost, encode, images_of, latency, owners, recalls, ranks
+from .evaluate import cost, encode, encode_captions, images_of, latency, owners, recalls, ranks
 from .metrics import ZS, contributions
 
 # %% ../nbs/06_report.ipynb #8fea2ee7
@@ -157,7 +157,7 @@ def measure(
 ) -> pd.DataFrame: # rows of the six recalls and their mean: value and se, per cent
     "Recalls of a model with standard errors over images"
     captions = list(pairs['captions'])
-    im, tx = encode(clip, 'vision', images_of(clip, pairs['image'])), encode(clip, 'text', clip.tokenizer([c for cs in captions for c in cs]))
+    im, tx = encode(clip, 'vision', images_of(clip, pairs['image'])), encode_captions(clip, captions)
     tr, ir = ranks(im, tx, own := owners(captions))
     exact, rows = recalls(tr, ir), []
     for z in (*list(ZS)[1:], 'mean_recall'):
