@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from open_clip.transformer import text_global_pool
 
-from .data import SIDE, data_dir, synth_pairs
+from .data import synth_pairs
 
 # %% ../nbs/01_clip.ipynb #2559933a
 TOWERS = 'vision', 'text'

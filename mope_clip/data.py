@@ -12,7 +12,7 @@ __all__ = ['SIZES', 'SIDE', 'SPRITES_SHA', 'COLOURS', 'TEXTURES', 'SETTINGS', 'S
 # %% ../nbs/00_data.ipynb #e005462f
 import hashlib, io, json, os, random, re, tempfile, warnings
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -494,7 +494,8 @@ def _load_karpathy(task: str, split: str, n: int, root):
     "A split of COCO or Flickr30K from the files as distributed"
     from datasets import List, Value
     root = _karpathy_root(task, root)
-    rows = json.loads((root/KARPATHY[task][0]).read_text())['images']
+    try: rows = json.loads((root/KARPATHY[task][0]).read_text())['images']
+    except (ValueError, KeyError, TypeError): raise ValueError(f'{root/KARPATHY[task][0]} is not the Karpathy file (JSON with a list `images`): it may be damaged, so download it again.') from None
     want = dict(train={'train', 'restval'}, validation={'val'}, test={'test'})[split]     # COCO train is train + restval
     rows = [r for r in rows if r['split'] in want][:n]
     if not rows: raise ValueError(f'{root/KARPATHY[task][0]} holds no image of the {split} split: is it the Karpathy file?')

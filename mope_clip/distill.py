@@ -7,8 +7,8 @@ __all__ = ['STAGES', 'FINETUNE', 'SimLoss', 'FeatLoss', 'HiddenLoss', 'Recipe', 
            'embedded_teacher', 'finetune_teacher', 'teacher_for']
 
 # %% ../nbs/05_distill.ipynb #81cea0f6
-import hashlib, json, math, os, random, time
-from dataclasses import asdict, dataclass, fields, replace
+import hashlib, json, math, random, time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -162,7 +162,7 @@ def _run_key(clip: Clip, pairs, recipe: Recipe, objective: str='') -> str:
     return hashlib.sha256((weights_hash(clip) + json.dumps(asdict(recipe)) + objective + json.dumps(row['captions'])).encode() + row['image'].tobytes()).hexdigest()[:16]
 
 # %% ../nbs/05_distill.ipynb #bc65c95e
-def _fit(clip: Clip, pairs, recipe: Recipe, objective, hidden: bool, folder=None, validation=None, every: int=0, checkpoint_every: int=200, log=print) -> Clip:
+def _fit(clip: Clip, pairs, recipe: Recipe, objective, hidden: bool, folder=None, validation=None, every: int=0, checkpoint_every: int=50, log=print) -> Clip:
     "Train `clip` in place; the learning curve is left in `clip.history`, a list of dicts"
     folder = Path(folder) if folder else None
     steps = max(1, recipe.pairs_seen//recipe.batch)

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .clip import TOWERS, Clip, Tower, take
-from .data import progress, write_atomic
-from .evaluate import tower_macs
+from .clip import Tower, take
+from .data import write_atomic
 
 # %% ../nbs/03a_engine.ipynb #3814029e
 def variants(

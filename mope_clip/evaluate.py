@@ -10,12 +10,11 @@ __all__ = ['RECALLS', 'images_of', 'encode', 'ranks', 'recalls', 'owners', 'enco
 import time
 from statistics import median
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from .clip import TOWERS, Clip
-from .data import progress, suites
+from .data import suites
 
 # %% ../nbs/02_evaluate.ipynb #b29e943e
 def images_of(

@@ -190,7 +190,7 @@ def preview(
     batch: int=64,
 ) -> dict:          # modules, MACs of one dense evaluation, of the engine and of brute force, estimated seconds
     "What scoring will cost, from shapes and one timed batch"
-    clip, macs = task.clip, dict(dense=0, engine=0, brute=0)
+    clip = task.clip
     n = {t: len(task.x[t]) for t in TOWERS}
     tok = {t: tokens_of(clip.tower(t), task.x[t], batch) for t in TOWERS}
     dense = {t: n[t]*tower_macs(clip, t, round(tok[t])) for t in TOWERS}

@@ -9,7 +9,7 @@ __all__ = ['plan_width', 'plan_depth', 'masked', 'stepwise', 'relative', 'mope_s
 import pandas as pd
 import torch
 
-from .clip import TOWERS, Clip, PruneSpec, compose, prune, shape_of, whole_spec
+from .clip import TOWERS, Clip, PruneSpec, prune, shape_of, whole_spec
 from .data import progress
 from .evaluate import encode
 from .metrics import Scored, _row, check_scoring, mope

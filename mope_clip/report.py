@@ -9,7 +9,7 @@ __all__ = ['CREDIT', 'repo_root', 'run_dir', 'check_parameters', 'check_choice',
            'write_readme']
 
 # %% ../nbs/06_report.ipynb #a70dd918
-import ast, difflib, hashlib, html, json, os, platform, re, resource, shutil, subprocess, sys, tempfile, time
+import ast, difflib, hashlib, json, os, platform, re, resource, shutil, subprocess, sys, tempfile, time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from .clip import TOWERS, Clip
-from .data import TASKS, data_dir, sprites_sha, write_atomic
+from .data import data_dir, write_atomic
 from .evaluate import cost, encode, encode_captions, images_of, latency, owners, recalls, ranks
 from .metrics import ZS, contributions
 

@@ -13,7 +13,6 @@ import pandas as pd
 import torch
 
 from .clip import TOWERS, Clip, prune, whole_spec
-from .data import progress
 from .engine import Inputs, advance, layer_macs, one_layer, tokens_of
 from .evaluate import tower_macs
 from .metrics import MODULES, Scored, _row, _table, check_scoring, contributions, modules_of

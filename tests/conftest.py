@@ -1,5 +1,5 @@
 "Shared by the tests: the repository's root, and one way to run a command."
-import os, subprocess, sys
+import os, subprocess
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,7 @@
 "The command line as a process."
 import sys
 
-from conftest import ROOT, run
+from conftest import run
 
 
 def mope(*args, **kw): return run(sys.executable, '-m', 'mope_clip.cli', *args, **kw)

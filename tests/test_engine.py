@@ -1,16 +1,13 @@
 "The engine equals brute force through open_clip's own forward, over a grid of architectures; several processes equal one; the killed resume."
-import copy, json, os, signal, subprocess, sys, time
-from pathlib import Path
+import copy, os, signal, subprocess, sys, time
 
-import open_clip
 import pandas as pd
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from conftest import ROOT
-from mope_clip.clip import TOWERS, Clip, build_clip, prune, small_config, tiny_clip, whole_spec
+from mope_clip.clip import TOWERS, Clip, build_clip, prune, tiny_clip, whole_spec
 from mope_clip.data import synth_pairs
 from mope_clip.engine import Inputs, one_layer
 from mope_clip.metrics import Scored, contributions, mope

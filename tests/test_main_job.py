@@ -1,5 +1,5 @@
 "The main job through papermill, as a reader runs it, and what it does with bad input."
-import json, os, sys
+import json, sys
 from pathlib import Path
 
 import pytest

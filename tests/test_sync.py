@@ -1,5 +1,5 @@
 "Notebooks are the source of truth: the library, the README and the indexes are what they say."
-import filecmp, json, re, shutil, subprocess, sys
+import json, re, shutil, sys
 
 import pytest
 
