@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from .clip import TOWERS, Clip, check_width, prune, shape_of, weights_hash, whole_spec
 from .data import progress, write_atomic
-from .engine import Inputs, advance, layer_macs, one_layer, tokens_of
+from .engine import Inputs, advance, autocast, layer_macs, one_layer, tokens_of
 from .evaluate import encode, images_of, owners, ranks, suite_of, tower_macs
 
 # %% ../nbs/03_metrics.ipynb #6110f27f
@@ -32,22 +32,31 @@ def _hits(tr, ir, owner, trs: tuple, irs: tuple) -> torch.Tensor:
     return 100*out/(len(trs) + len(irs))
 
 # %% ../nbs/03_metrics.ipynb #be06d00e
-def _contrastive_z(image, text, owner, scale) -> torch.Tensor:
-    "Contributions (n,): log-likelihood of an image's captions and of its captions' image, averaged; 100 x nats"
-    logits = scale*image.double() @ text.double().T
-    own = owner[None] == torch.arange(len(image))[:, None]
-    tr = torch.logsumexp(logits.masked_fill(~own, -torch.inf), 1) - torch.logsumexp(logits, 1)
-    ir = logits.log_softmax(0)[owner, torch.arange(len(owner))]
-    return 50*(tr + torch.zeros_like(tr).index_add_(0, owner, ir)*len(image)/len(owner))
+def _log_shares(image, text, owner, scale) -> tuple:
+    "Log-probabilities (m,) of each caption given its image, and of its image given the caption, in blocks of images"
+    x, y = scale*image.double(), text.double()
+    rows, cols = [], torch.full((len(y),), -torch.inf, dtype=torch.double)
+    for b in x.split(max(1, 2**23//len(y))):                              # 64 MB of logits at a time
+        logits = b @ y.T
+        rows.append(logits.logsumexp(1)); cols = torch.logaddexp(cols, logits.logsumexp(0))
+    mine = (x[owner]*y).sum(1)
+    return mine - torch.cat(rows)[owner], mine - cols
 
 # %% ../nbs/03_metrics.ipynb #04b3f05f
+def _both_ways(tr, ir, owner) -> torch.Tensor:
+    "Contributions (n,) from values of images (n,) and of captions (m,): the mean of both directions, times 100"
+    return 50*(tr + torch.zeros_like(tr).index_add_(0, owner, ir)*len(tr)/len(owner))
+
+def _contrastive_z(image, text, owner, scale) -> torch.Tensor:
+    "Contributions (n,): log-likelihood of an image's captions and of its captions' image, averaged; 100 x nats"
+    tr, ir = _log_shares(image, text, owner, scale)
+    top = torch.full((len(image),), -torch.inf, dtype=torch.double).scatter_reduce_(0, owner, tr, 'amax')   # captions of an image add up, without underflow
+    return _both_ways(top + torch.zeros_like(top).index_add_(0, owner, (tr - top[owner]).exp()).log(), ir, owner)
+
 def _soft_recall_z(image, text, owner, scale) -> torch.Tensor:
     "Contributions (n,): the probability that the model's own temperature gives to the right answers, both directions averaged; points"
-    logits = scale*image.double() @ text.double().T
-    own = owner[None] == torch.arange(len(image))[:, None]
-    tr = (logits.softmax(1)*own).sum(1)
-    ir = logits.softmax(0)[owner, torch.arange(len(owner))]
-    return 50*(tr + torch.zeros_like(tr).index_add_(0, owner, ir)*len(image)/len(owner))
+    tr, ir = _log_shares(image, text, owner, scale)
+    return _both_ways(torch.zeros(len(image), dtype=torch.double).index_add_(0, owner, tr.exp()), ir.exp(), owner)
 
 SMOOTH = dict(contrastive=_contrastive_z, soft_recall=_soft_recall_z)
 
@@ -60,9 +69,9 @@ def contributions(
     text_features: torch.Tensor,  # (m, e), normalised
     owner: torch.Tensor,          # (m,) image of each caption
     scale: float=100.,            # logit scale, for 'contrastive'
-) -> torch.Tensor:                # (n,): their mean is Z
+) -> torch.Tensor:                # (n,): their mean is Z; (1,) where a callable gives one number, which has no standard error
     "What each image contributes to Z, in points (0-100) for recalls; 'contrastive' is 100 x the mean log-likelihood in nats"
-    if callable(z): return torch.as_tensor(z(image_features, text_features), dtype=torch.double).expand(len(image_features))
+    if callable(z): return torch.as_tensor(z(image_features, text_features), dtype=torch.double).reshape(-1).cpu()
     if z in SMOOTH: return SMOOTH[z](image_features, text_features, owner, scale)
     if z not in ZS: raise ValueError(f"Unknown z {z!r}: choose one of {', '.join((*ZS, *SMOOTH))}, zero_shot (with labelled images), or pass a function of (image_features, text_features).")
     return _hits(*ranks(image_features, text_features, owner), owner, *ZS[z])
@@ -80,6 +89,7 @@ def _table(rows: list, clip: Clip, **made_by) -> pd.DataFrame:
 def _gradients(clip: Clip, pairs, batch: int=64) -> Clip:
     "A copy of `clip` whose parameters hold the gradient of the contrastive loss over `pairs` (first captions)"
     from open_clip.loss import ClipLoss
+    if len(pairs) < 2: raise ValueError(f'The contrastive loss compares pairs: at least 2 are needed, not {len(pairs)}.')
     c, loss = prune(clip, whole_spec(clip)), ClipLoss()
     images, ids = images_of(clip, pairs['image']), clip.tokenizer([x[0] for x in pairs['captions']])
     for i in torch.arange(len(ids)).split(batch):
@@ -87,18 +97,22 @@ def _gradients(clip: Clip, pairs, batch: int=64) -> Clip:
     return c
 
 # %% ../nbs/03_metrics.ipynb #e0d752ee
+def _salience(p, dim: int=None) -> torch.Tensor:
+    "Weight x gradient, summed over `dim`; zero where no gradient arrives (a layer without heads) or there is no parameter"
+    if p is None: return 0.
+    s = torch.zeros_like(p) if p.grad is None else (p*p.grad).detach()
+    return s if dim is None else s.sum(dim)
+
 def _neuron_taylor(block) -> torch.Tensor:
     "Taylor score of each neuron (f,) of a block that holds gradients"
     fc, proj = block.mlp.c_fc, block.mlp.c_proj
-    into = (fc.weight*fc.weight.grad).sum(1) + (fc.bias*fc.bias.grad if fc.bias is not None else 0)
-    return (into.abs() + (proj.weight*proj.weight.grad).sum(0).abs()).detach().cpu()
+    return ((_salience(fc.weight, 1) + _salience(fc.bias)).abs() + _salience(proj.weight, 0).abs()).cpu()
 
 def _head_taylor(block) -> torch.Tensor:
     "Taylor score of each head (h,): the same form over its three input slices and its output slice"
     a = block.attn
-    into = (a.in_proj_weight*a.in_proj_weight.grad).sum(1) + (a.in_proj_bias*a.in_proj_bias.grad if a.in_proj_bias is not None else 0)
-    into = into.view(3, a.num_heads, a.head_dim).sum((0, 2)).abs()
-    return (into + (a.out_proj.weight*a.out_proj.weight.grad).sum(0).view(a.num_heads, -1).sum(1).abs()).detach().cpu()
+    into = (_salience(a.in_proj_weight, 1) + _salience(a.in_proj_bias)).view(3, a.num_heads, a.head_dim).sum((0, 2)).abs()
+    return (into + _salience(a.out_proj.weight, 0).view(a.num_heads, a.head_dim).sum(1).abs()).cpu()
 
 # %% ../nbs/03_metrics.ipynb #9dd1eb8c
 def neuron_groups(
@@ -112,7 +126,7 @@ def neuron_groups(
 # %% ../nbs/03_metrics.ipynb #03ec2add
 class Scored:
     "A model, the data that it is scored on, and Z of its features image by image"
-    def __init__(self, clip: Clip, pairs, z='mean_recall', batch: int=128):
+    def __init__(self, clip: Clip, pairs, z='mean_recall', batch: int=128, precision: str='fp32'):
         self.clip, self.z, self.labelled = clip, z, 'label' in pairs.column_names
         if self.labelled != (z == 'zero_shot'): raise ValueError(f"z={z!r} needs {'labelled images (load_labelled)' if z == 'zero_shot' else 'image-text pairs (load_pairs)'}.")
         self.suite = suite_of(pairs) if self.labelled else None
@@ -121,10 +135,14 @@ class Scored:
         distinct = {c: i for i, c in enumerate(dict.fromkeys(flat))}              # equal captions are encoded once
         self.x = dict(vision=images_of(clip, pairs['image']), text=clip.tokenizer(list(distinct)))
         self.caption, self.owner = torch.tensor([distinct[c] for c in flat]), torch.tensor(pairs['label']) if self.labelled else owners(captions)
-        self.scale, self.batch = clip.logit_scale.exp().item(), batch
+        self.scale, self.batch, self.precision = clip.logit_scale.exp().item(), batch, precision
+
+    def encode(self, clip: Clip, tower: str) -> torch.Tensor:
+        "Features of one tower of `clip`: images (n, e), or distinct captions (m, e)"
+        with autocast(clip.device, self.precision): return encode(clip, tower, self.x[tower], self.batch)
 
     @cached_property
-    def dense(self) -> dict: return {t: encode(self.clip, t, self.x[t], self.batch) for t in TOWERS}
+    def dense(self) -> dict: return {t: self.encode(self.clip, t) for t in TOWERS}
     @cached_property
     def base(self) -> torch.Tensor: return self.contributions(**self.dense)
 
@@ -149,19 +167,23 @@ def _key(task: Scored, options: dict) -> str:
 # %% ../nbs/03_metrics.ipynb #e6797b24
 MODULES = 'head', 'ffn', 'layer', 'attn', 'mlp'
 
+def _names(kind: str, given, choices: tuple) -> tuple:
+    "One name or several as a tuple; `ValueError` for one that is none of the choices"
+    given = (given,) if isinstance(given, str) else tuple(given)
+    if not given or set(given) - set(choices): raise ValueError(f"{kind} must be among {', '.join(choices)}, not {', '.join(map(str, given)) or 'empty'}.")
+    return given
+
 def check_scoring(
     pairs,
-    towers,
-    modules: tuple,
+    towers,           # one name or several
+    modules,          # one name or several
     allow_test: bool=False,
-) -> tuple:        # the towers
-    "Refuse the test split, and unknown towers and modules, in one sentence"
+) -> tuple:           # (towers, modules), each a tuple
+    "Refuse the test split, too few pairs, and unknown towers and modules, in one sentence"
     if str(getattr(pairs, 'split', None)) == 'test' and not allow_test:
         raise ValueError('These pairs are the test split, on which results are reported: score on validation pairs, or pass allow_test=True and the table will say so.')
-    towers = (towers,) if isinstance(towers, str) else tuple(towers)
-    if not towers or set(towers) - set(TOWERS): raise ValueError(f"towers must be among {TOWERS}, not {towers}.")
-    if not modules or set(modules) - set(MODULES): raise ValueError(f"Unknown modules {sorted(set(modules) - set(MODULES))}: choose among {', '.join(MODULES)}.")
-    return towers
+    if len(pairs) < 2: raise ValueError(f'A score is a mean over images with a standard error: at least 2 are needed, not {len(pairs)}.')
+    return _names('towers', towers, TOWERS), _names('modules', modules, MODULES)
 
 # %% ../nbs/03_metrics.ipynb #e2400063
 def modules_of(
@@ -183,25 +205,55 @@ def modules_of(
             out[t, l] = ([('head', h) for h in range(heads) if 'head' in modules] + [('ffn', g) for g in range(len(split))] + [(m, 0) for m in MODULES[2:] if m in modules], split)
     return out
 
+# %% ../nbs/03_metrics.ipynb #76b01129
+def _together(todo: dict) -> dict:
+    "The same candidates, with group g of all layers of a tower as one of them, under the layer 'all'"
+    out = {k: ([w for w in wanted if w[0] != 'ffn'], split) for k, (wanted, split) in todo.items()}
+    for t in dict.fromkeys(t for t, _ in todo):
+        splits = {l: split for (tower, l), (_, split) in todo.items() if tower == t}
+        out[t, 'all'] = [('ffn', g) for g in range(max(map(len, splits.values())))], splits
+    return out
+
+def _without_group(task: Scored, t: str, g: int, splits: dict) -> torch.Tensor:
+    "Features of a tower that has lost group g in every layer: really removed, then encoded"
+    spec = whole_spec(task.clip)
+    for l, split in splits.items():
+        if g < len(split): getattr(spec, t)[l]['neurons'] = sorted(set(getattr(spec, t)[l]['neurons']) - set(split[g]))
+    return task.encode(prune(task.clip, spec), t)
+
 # %% ../nbs/03_metrics.ipynb #6fc3e7ed
+def _seconds_per_mac(task: Scored, t: str, batch: int) -> float:
+    "Measured on one batch of a tower, after a first one that warms up"
+    x, f = task.x[t][:batch].to(task.clip.device), task.clip.encode_image if t == 'vision' else task.clip.encode_text
+    with torch.inference_mode(), autocast(task.clip.device, task.precision):
+        for _ in range(2):
+            t0 = time.perf_counter(); f(x)
+            if task.clip.device.type == 'cuda': torch.cuda.synchronize()
+    tower = task.clip.tower(t)
+    return (time.perf_counter() - t0)/(len(x)*tower_macs(task.clip, t, tower.trim(x).shape[1] if t == 'text' else None))
+
+# %% ../nbs/03_metrics.ipynb #ddfeedc1
 def preview(
     task: Scored,
     todo: dict,     # of `modules_of`
     batch: int=64,
-) -> dict:          # modules, MACs of one dense evaluation, of the engine and of brute force, estimated seconds
-    "What scoring will cost, from shapes and one timed batch"
-    clip = task.clip
-    n = {t: len(task.x[t]) for t in TOWERS}
-    tok = {t: tokens_of(clip.tower(t), task.x[t], batch) for t in TOWERS}
-    dense = {t: n[t]*tower_macs(clip, t, round(tok[t])) for t in TOWERS}
-    count = sum(len(w) for w, _ in todo.values())
-    engine = sum(n[t]*layer_macs(clip.tower(t), l, w, round(tok[t]), len(g)) for (t, l), (w, g) in todo.items()) + sum(dense.values())
-    x = task.x['vision'][:batch].to(clip.device)
-    with torch.inference_mode():
-        clip.vision(x); t0 = time.perf_counter(); clip.vision(x)
-        if clip.device.type == 'cuda': torch.cuda.synchronize()
-        rate = len(x)*tower_macs(clip, 'vision')/(time.perf_counter() - t0)
-    return dict(modules=count, dense_macs=sum(dense.values()), engine_macs=engine, brute_macs=count*sum(dense.values()), seconds=engine/rate)
+) -> dict:          # modules, MACs of one dense evaluation, of the engine and of brute force, encodes saved, estimated seconds
+    "What scoring will cost, from shapes and one timed batch of each tower"
+    clip, tok = task.clip, {t: round(tokens_of(task.clip.tower(t), task.x[t], batch)) for t in TOWERS}
+    dense = {t: len(task.x[t])*tower_macs(clip, t, tok[t]) for t in TOWERS}
+    engine, count = dict(dense), sum(len(w) for w, _ in todo.values())
+    for (t, l), (w, g) in todo.items():
+        engine[t] += dense[t]*len(w) if l == 'all' else len(task.x[t])*layer_macs(clip.tower(t), l, w, tok[t], len(g))
+    total, all_macs = sum(dense.values()), sum(engine.values())
+    return dict(modules=count, dense_macs=total, engine_macs=all_macs, brute_macs=count*total, encodes_saved=count - all_macs/total,
+                seconds=sum(m*_seconds_per_mac(task, t, batch) for t, m in engine.items()))
+
+def _say_cost(task: Scored, todo: dict, batch: int, log):
+    "One line before the work: to `log`, or printed where the work takes over five seconds"
+    p = preview(task, todo, batch)
+    line = ('{modules} modules to score; one evaluation of the whole model is {dense_macs:.3g} MACs; {engine_macs:.3g} MACs in all instead of {brute_macs:.3g} by brute force '
+            '({encodes_saved:.0f} evaluations saved), about {seconds:.0f} s on this machine').format(**p)
+    if log or p['seconds'] > 5: (log or print)(line)
 
 # %% ../nbs/03_metrics.ipynb #097716c6
 def mope(
@@ -218,39 +270,62 @@ def mope(
     memory: float=4e9,          # bytes of layer inputs kept in memory; beyond, memory-mapped files
     allow_test: bool=False,     # score on the test split all the same, and say so in the table
     diffs: bool=False,          # also a column with the paired differences of each module (n,), for `resolution`
-    log=None,                   # called with one line that says what scoring will cost
+    together: bool=False,       # one rank group goes from all layers of a tower at once; its score stands in the row of every layer
+    log=None,                   # called with one line that says what scoring will cost; None: printed where that is over five seconds
 ) -> pd.DataFrame:              # one row a module: score and standard error in points of Z
     "The module-wise pruning error of every module (paper, section 2)"
-    towers = check_scoring(pairs, towers, modules, allow_test)
-    task, split = Scored(clip, pairs, z, batch), str(getattr(pairs, 'split', None))
-    todo = modules_of(clip, pairs, towers, modules, groups, rewire) if not task.labelled else modules_of(clip, None, towers, modules, groups, False)
-    options = dict(metric='mope', z=z if isinstance(z, str) else getattr(z, '__name__', 'callable'), groups=groups, rewire=rewire and not task.labelled, modules=sorted(modules), split=split, precision=precision)
+    towers, modules = check_scoring(pairs, towers, modules, allow_test)
+    if store and callable(z): raise ValueError('A store cannot tell two functions apart: pass z by its name, or no store.')
+    autocast('cpu', precision)
+    task, split = Scored(clip, pairs, z, batch, precision), str(getattr(pairs, 'split', None))
+    rewire = rewire and not task.labelled                                      # prompts are no pairs to take a gradient from
+    todo = modules_of(clip, pairs, towers, modules, groups, rewire)
+    if together and 'ffn' in modules: todo = _together(todo)
+    options = dict(metric='mope', z=getattr(z, '__name__', 'callable') if callable(z) else z, groups=groups, rewire=rewire, together=together, modules=sorted(modules), split=split, precision=precision)
     key = _key(task, {**options, 'batch': batch})
-    if log: log('{modules} modules, {dense_macs:.3g} MACs a dense evaluation, {engine_macs:.3g} in all ({brute_macs:.3g} by brute force), about {seconds:.0f} s on this machine'.format(**preview(task, todo, batch)))
-    rows = _score_all(task, todo, Path(store)/key if store and isinstance(z, str) else None, batch, precision, memory)
-    table = _table(rows, clip, **options, key=key, z_dense=task.base.mean().item(), images=len(task.base), captions=len(task.caption), scored_on_test=split == 'test')
+    rows = _score_all(task, todo, Path(store)/key if store else None, batch, precision, memory, log)
+    table = _table(rows, clip, **options, key=key, z_dense=task.base.mean().item(), images=len(task.x['vision']), captions=len(task.caption), scored_on_test=split == 'test')
     if diffs: table['diffs'] = [r['diffs'] for r in rows]
     return table
 
 # %% ../nbs/03_metrics.ipynb #7ac64146
-def _score_all(task: Scored, todo: dict, store, batch: int, precision: str, memory: float) -> list:
+def _score_all(task: Scored, todo: dict, store, batch: int, precision: str='fp32', memory: float=4e9, log=None) -> list:
     "Rows of every module, layer by layer; with a store, those of other processes included"
-    slim, rows, at = prune(task.clip, whole_spec(task.clip)), {}, {}
-    tick = _ticker(sum(len(w)*-(-len(task.x[t])//batch) for (t, l), (w, _) in todo.items()))
+    rows, path = {}, lambda k: store/f'{k[0]}-{k[1]}.parquet' if store else None
+    for k in todo: _load_rows(path(k), rows, k)
+    left = {k: v for k, v in todo.items() if k not in rows}
+    if left: _say_cost(task, left, batch, log)
+    work = _Work(task, batch, precision, memory, _ticker(sum(len(w)*-(-len(task.x[t])//batch) for (t, _), (w, _) in left.items())))
     while len(rows) < len(todo):
-        for (t, l), (wanted, split) in todo.items():
-            path = store/f'{t}-{l}.parquet' if store else None
-            if (t, l) in rows or _load_rows(path, rows, (t, l)): continue
-            with _claim(store, f'{t}-{l}') as mine:
-                if not mine or _load_rows(path, rows, (t, l)): continue
-                at = {t: at[t]} if t in at and at[t][1] <= l else {t: (Inputs(slim.tower(t), task.x[t], batch, task.clip.device, memory, dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision)), 0)}
-                for k in range(at[t][1], l): advance(at[t][0], k, precision)
-                feats = one_layer(at[t][0], l, wanted, split, precision, store/f'{t}-{l}-parts' if store else None, tick)
-                at[t] = at[t][0], l + 1
-                rows[t, l] = [_row(t, m, l, i, split[i] if m == 'ffn' else None, task.drop(t, f)) for (m, i), f in feats.items()]
-                if path: _keep_rows(path, rows[t, l], store/f'{t}-{l}-parts')
+        for k, (wanted, split) in left.items():
+            if k in rows or _load_rows(path(k), rows, k): continue
+            with _claim(store, f'{k[0]}-{k[1]}') as mine:
+                if not mine or _load_rows(path(k), rows, k): continue
+                parts = store/f'{k[0]}-{k[1]}-parts' if store else None
+                rows[k] = work.rows(*k, wanted, split, parts)
+                if store: _keep_rows(path(k), rows[k], parts)
         if len(rows) < len(todo): time.sleep(.5)   # the rest is being scored by other processes
     return [r for k in todo for r in rows[k]]
+
+# %% ../nbs/03_metrics.ipynb #67b07c56
+class _Work:
+    "Scores one layer after another, and holds the inputs of the one that comes next"
+    def __init__(self, task: Scored, batch: int, precision: str, memory: float, tick):
+        self.task, self.slim, self.new, self.precision, self.tick = task, prune(task.clip, whole_spec(task.clip)), (batch, task.clip.device, memory, dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision)), precision, tick
+        self.tower, self.at, self.inputs = None, 0, None
+
+    def rows(self, t: str, l, wanted: list, split, parts) -> list:
+        "Rows of the wanted modules of layer `l`, or of rank groups where `l` is 'all'"
+        if l == 'all': return [r for w in wanted for r in self._rows_of_rank(t, w[1], split)]
+        if t != self.tower or l < self.at: self.tower, self.at, self.inputs = t, 0, Inputs(self.slim.tower(t), self.task.x[t], *self.new)
+        for k in range(self.at, l): advance(self.inputs, k, self.precision)
+        feats, self.at = one_layer(self.inputs, l, wanted, split, self.precision, parts, self.tick), l + 1
+        return [_row(t, m, l, i, split[i] if m == 'ffn' else None, self.task.drop(t, f)) for (m, i), f in feats.items()]
+
+    def _rows_of_rank(self, t: str, g: int, splits: dict) -> list:
+        "Rows of group g of every layer, all of them gone"
+        diff = self.task.drop(t, _without_group(self.task, t, g, splits)); self.tick(-(-len(self.task.x[t])//self.new[0]))
+        return [_row(t, 'ffn', l, g, split[g], diff) for l, split in splits.items() if g < len(split)]
 
 # %% ../nbs/03_metrics.ipynb #bc0ee239
 def _ticker(total: int):
@@ -286,13 +361,13 @@ def _keep_rows(path: Path, rows: list, parts: Path):
 
 def _row(tower, module, layer, index, neurons, diff: torch.Tensor) -> dict:
     "One row of the table from paired differences (n,)"
-    return dict(tower=tower, module=module, layer=layer, index=index, neurons=neurons, score=diff.mean().item(), se=(diff.std()/len(diff)**.5).item(), n=len(diff), diffs=diff.numpy())
+    return dict(tower=tower, module=module, layer=layer, index=index, neurons=neurons, score=diff.mean().item(), se=(diff.std()/len(diff)**.5).item() if len(diff) > 1 else np.nan, n=len(diff), diffs=diff.numpy())
 
 # %% ../nbs/03_metrics.ipynb #c45ec9d1
 def _others(clip: Clip, towers, groups: int, heads, neurons, layer, **made_by) -> pd.DataFrame:
     "The table from functions of (tower, layer, block): scores of heads (h,), of neurons (f,), and of the layer"
     rows = []
-    for t in (towers,) if isinstance(towers, str) else towers:
+    for t in _names('towers', towers, TOWERS):
         for l, b in enumerate(clip.tower(t).blocks):
             s, h = neurons(t, l, b), heads(t, l, b)
             rows += [dict(tower=t, module='head', layer=l, index=i, neurons=None, score=float(v), se=np.nan, n=0) for i, v in enumerate(h)]
@@ -309,7 +384,7 @@ def magnitude(
     "L2 norm of each module's weights: what pruning by magnitude looks at"
     slim = prune(clip, whole_spec(clip))
     sq = lambda w: w.detach().float().pow(2)
-    def heads(t, l, b): return (sq(b.attn.in_proj_weight).sum(1).view(3, b.attn.num_heads, -1).sum((0, 2)) + sq(b.attn.out_proj.weight).sum(0).view(b.attn.num_heads, -1).sum(1)).sqrt().cpu()
+    def heads(t, l, b): return (sq(b.attn.in_proj_weight).sum(1).view(3, b.attn.num_heads, b.attn.head_dim).sum((0, 2)) + sq(b.attn.out_proj.weight).sum(0).view(b.attn.num_heads, b.attn.head_dim).sum(1)).sqrt().cpu()
     def neurons(t, l, b): return (sq(b.mlp.c_fc.weight).sum(1) + sq(b.mlp.c_proj.weight).sum(0)).sqrt().cpu()
     def layer(t, l, b): return sum(sq(p).sum() for p in b.parameters()).sqrt()
     return _others(slim, towers, groups, heads, neurons, layer, metric='magnitude')
@@ -351,8 +426,8 @@ def fisher(
         c = _gradients(clip, pairs.select(range(i, min(i + batch, len(pairs)))))
         for t in TOWERS:
             for l, b in enumerate(c.tower(t).blocks):
-                o, f = b.attn.out_proj.weight, b.mlp.c_proj.weight
-                sq = ((o*o.grad).sum(0).view(b.attn.num_heads, -1).sum(1).square().detach().cpu()/len(starts), (f*f.grad).sum(0).square().detach().cpu()/len(starts))
+                heads = _salience(b.attn.out_proj.weight, 0).view(b.attn.num_heads, b.attn.head_dim).sum(1)
+                sq = tuple(s.square().cpu()/len(starts) for s in (heads, _salience(b.mlp.c_proj.weight, 0)))
                 total[t, l] = sq if (t, l) not in total else tuple(x + y for x, y in zip(total[t, l], sq))
     return _others(prune(clip, whole_spec(clip)), towers, groups, lambda t, l, b: total[t, l][0], lambda t, l, b: total[t, l][1], lambda t, l, b: total[t, l][0].sum() + total[t, l][1].sum(), metric='fisher')
 
@@ -367,18 +442,18 @@ def activation(
 ) -> pd.DataFrame:
     "Root mean square of activations times the norm of the output weights; for layers one minus the cosine of input and output"
     task, slim, seen = Scored(clip, pairs), prune(clip, whole_spec(clip)), {}
-    for t in (towers,) if isinstance(towers, str) else towers:
+    for t in _names('towers', towers, TOWERS):
         tower = slim.tower(t)
         for x in task.x[t].split(batch):
             x, mask = tower.embed(tower.trim(x.to(clip.device)))
             for l, b in enumerate(tower.blocks):
-                heads, y = b.attn.heads_out(b.ln_1(x), mask), x + b.attention(x, mask)
+                heads, y = b.attn.heads_out(b.ln_1(x), mask) if b.attn.num_heads else x[..., :0], x + b.attention(x, mask)
                 hidden, out = b.mlp[:-1](b.ln_2(y)), b(x, attn_mask=mask)
                 add = [heads.square().sum((0, 1)), hidden.square().sum((0, 1)), (1 - F.cosine_similarity(x, out, dim=-1)).sum(), torch.tensor(float(x.shape[0]*x.shape[1]))]
                 seen[t, l] = add if (t, l) not in seen else [p + q for p, q in zip(seen[t, l], add)]
                 x = out
     norm = lambda w, sq, n: (w.square().sum(0)*sq/n).cpu()
-    return _others(slim, towers, groups, lambda t, l, b: norm(b.attn.out_proj.weight, seen[t, l][0], seen[t, l][3]).view(b.attn.num_heads, -1).sum(1).sqrt(),
+    return _others(slim, towers, groups, lambda t, l, b: norm(b.attn.out_proj.weight, seen[t, l][0], seen[t, l][3]).view(b.attn.num_heads, b.attn.head_dim).sum(1).sqrt(),
                    lambda t, l, b: norm(b.mlp.c_proj.weight, seen[t, l][1], seen[t, l][3]).sqrt(), lambda t, l, b: seen[t, l][2]/seen[t, l][3], metric='activation')
 
 # %% ../nbs/03_metrics.ipynb #edc83651
@@ -392,9 +467,9 @@ def unimodal(
     allow_test: bool=False,
 ) -> pd.DataFrame:          # score: 100 x the mean of one minus the cosine; n: images or distinct captions
     "The drop measured on each tower's own embeddings"
-    towers, task = check_scoring(pairs, towers, modules, allow_test), Scored(clip, pairs, batch=batch)
+    (towers, modules), task = check_scoring(pairs, towers, modules, allow_test), Scored(clip, pairs, batch=batch)
     task.drop = lambda t, f: 100*(1 - (task.dense[t]*f).sum(1))
-    rows = _score_all(task, modules_of(clip, pairs, towers, modules, groups), None, batch, 'fp32', 4e9)
+    rows = _score_all(task, modules_of(clip, pairs, towers, modules, groups), None, batch)
     return _table(rows, clip, metric='unimodal', groups=groups, split=str(getattr(pairs, 'split', None)))
 
 # %% ../nbs/03_metrics.ipynb #8daa69ce
@@ -421,5 +496,6 @@ def score_by(
     "The table of a metric by its name, so that a comparison is one parameter"
     if metric not in METRICS: raise ValueError(f"Unknown metric {metric!r}: choose one of {', '.join(METRICS)}.")
     f, looks = METRICS[metric]
-    has = inspect.signature(f).parameters
+    known, has = {k for g, _ in METRICS.values() for k in inspect.signature(g).parameters}, inspect.signature(f).parameters
+    if odd := set(options) - known: raise ValueError(f"No metric has an option {', '.join(sorted(odd))}: the options are {', '.join(sorted(known - {'clip', 'pairs'}))}.")
     return f(clip, *([pairs] if looks else []), **{k: v for k, v in {**options, 'seed': seed}.items() if k in has})

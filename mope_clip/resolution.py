@@ -6,16 +6,18 @@
 __all__ = ['keep_count', 'competitions', 'resampled', 'kept_probability', 'resolved', 'race']
 
 # %% ../nbs/03b_resolution.ipynb #6766e24d
-import math
+import math, shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
 from .clip import TOWERS, Clip, prune, whole_spec
+from .data import write_atomic
 from .engine import Inputs, advance, layer_macs, one_layer, tokens_of
 from .evaluate import tower_macs
-from .metrics import MODULES, Scored, _row, _table, check_scoring, contributions, modules_of
+from .metrics import MODULES, Scored, _key, _row, _say_cost, _table, _ticker, check_scoring, contributions, modules_of
 
 # %% ../nbs/03b_resolution.ipynb #35475f36
 def keep_count(
@@ -49,6 +51,22 @@ def resampled(
     return rng.multinomial(n, np.full(n, 1/n), draws) @ d.T/n
 
 # %% ../nbs/03b_resolution.ipynb #017c8d33
+def _chances(
+    scores: pd.DataFrame,
+    label: pd.Series,     # the competition of each row
+    places: dict,         # competition -> how many of its modules are kept
+    draws: int=1000,
+    seed: int=0,
+) -> np.ndarray:          # (modules,)
+    "The share of bootstrap samples in which each module gets one of the places of its competition; a tie is decided by lot"
+    s, rng, out = resampled(scores, draws, seed), np.random.default_rng(seed + 1), np.zeros(len(scores))
+    for g in label.unique():
+        at = np.flatnonzero(label == g)
+        order = np.lexsort((rng.random((draws, len(at))), -s[:, at]))
+        out[at] = (order.argsort(1) < places[g]).mean(0)
+    return out
+
+# %% ../nbs/03b_resolution.ipynb #b91a7c4a
 def kept_probability(
     scores: pd.DataFrame, # a table of `metrics`, best with `diffs`
     keep: float=.5,       # the budget
@@ -57,14 +75,9 @@ def kept_probability(
     seed: int=0,
 ) -> pd.Series:           # aligned with the rows, in [0, 1]
     "The probability that each module belongs to the kept set of a budget"
-    s, label = resampled(scores, draws, seed), competitions(scores, rank).to_numpy()
-    out = np.zeros(len(scores))
-    for g in pd.unique(label):
-        at = np.flatnonzero(label == g)
-        k = keep_count(len(at), keep)
-        place = (-s[:, at]).argsort(1, kind='stable').argsort(1)
-        out[at] = (place < k).mean(0)
-    return pd.Series(out, scores.index, name='p_kept')
+    label = competitions(scores, rank)
+    places = {g: keep_count(n, keep) for g, n in label.value_counts().items()}
+    return pd.Series(_chances(scores, label, places, draws, seed), scores.index, name='p_kept')
 
 # %% ../nbs/03b_resolution.ipynb #d3d1ab6f
 def resolved(
@@ -76,83 +89,106 @@ def resolved(
 
 # %% ../nbs/03b_resolution.ipynb #8cad4113
 class _Blocks:
-    "Features of growing blocks of images: dense ones of both towers, and those without each module that still races"
-    def __init__(self, clip: Clip, pairs, z, order: np.ndarray, batch: int, precision: str):
-        self.clip, self.slim, self.pairs, self.z, self.order, self.batch, self.precision = clip, prune(clip, whole_spec(clip)), pairs, z, order, batch, precision
-        self.dense, self.owner, self.feats, self.n, self.macs, self.scale = {t: [] for t in TOWERS}, [], {}, 0, 0, clip.logit_scale.exp().item()
+    "Features of growing blocks of images without each module that still races"
+    def __init__(self, task: Scored, gallery: str, order: torch.Tensor, batch: int, folder):
+        self.task, self.slim, self.gallery, self.order, self.batch, self.folder = task, prune(task.clip, whole_spec(task.clip)), gallery, order, batch, folder
+        self.done, self.feats, self.macs = {t: torch.zeros(0, dtype=torch.long) for t in TOWERS}, {}, 0
+        for t in TOWERS: self.macs += len(task.x[t])*tower_macs(self.slim, t, self._tokens(t, task.x[t]))    # the dense evaluation of everything
+
+    def _tokens(self, t, x): return round(tokens_of(self.slim.tower(t), x, self.batch))
+
+    def _new(self, t: str, images: torch.Tensor) -> torch.Tensor:
+        "The items of a tower that these images need and that were not encoded before"
+        if t == 'vision': return images
+        task = self.task
+        texts = (task.caption if task.labelled else task.caption[torch.isin(task.owner, images)]).unique()
+        return texts[~torch.isin(texts, self.done['text'])]
 
     def extend(self, n: int, todo: dict):
         "Encode the images up to the `n`-th for the wanted modules, {(tower, layer): (wanted, groups)}"
-        task = Scored(self.clip, self.pairs.select(self.order[self.n:n]), self.z, self.batch)
-        spread = lambda t, f: f if t == 'vision' else f[task.caption]            # a row a caption: distinct captions differ between blocks
+        images = self.order[len(self.done['vision']):n]
+        tick = _ticker(sum(len(w)*-(-len(self._new(t, images))//self.batch) for (t, _), (w, _) in todo.items()))
         for t in TOWERS:
-            self.dense[t].append(spread(t, task.dense[t]))
-            tower, x, tok = self.slim.tower(t), task.x[t], round(tokens_of(self.slim.tower(t), task.x[t], self.batch))
-            self.macs += len(x)*tower_macs(self.slim, t, tok)
-            layers = [l for (tt, l), (w, _) in todo.items() if tt == t and w]
-            inputs = Inputs(tower, x, self.batch, self.clip.device) if layers else None
-            for l in range(max(layers, default=-1) + 1):
+            new, layers = self._new(t, images), [l for (tt, l), (w, _) in todo.items() if tt == t and w]
+            self.done[t] = torch.cat([self.done[t], new])
+            if not layers or not len(new): continue
+            x, tower = self.task.x[t][new], self.slim.tower(t)
+            inputs = Inputs(tower, x, self.batch, self.task.clip.device)
+            for l in range(max(layers) + 1):
                 wanted, groups = todo.get((t, l), ((), []))
-                if not wanted: advance(inputs, l, self.precision); continue
-                for w, f in one_layer(inputs, l, wanted, groups, self.precision).items(): self.feats.setdefault((t, l, *w), []).append(spread(t, f))
-                self.macs += len(x)*layer_macs(tower, l, wanted, tok, len(groups))
-        self.owner.append(task.owner + self.n); self.n = n
+                if not wanted: advance(inputs, l, self.task.precision); continue
+                parts = self.folder/f'{n}-{t}-{l}' if self.folder else None
+                for w, f in one_layer(inputs, l, wanted, groups, self.task.precision, parts, tick).items(): self.feats.setdefault((t, l, *w), []).append(f)
+                self.macs += len(x)*layer_macs(tower, l, wanted, self._tokens(t, x), len(groups))
 
     def drop(self, key: tuple) -> torch.Tensor:
-        "Paired differences (n,) of one module on the block"
-        vision, text, owner = torch.cat(self.dense['vision']), torch.cat(self.dense['text']), torch.cat(self.owner)
-        z = lambda v, t: contributions(self.z, v, t, owner, self.scale)
-        f = torch.cat(self.feats[key])
-        return z(vision, text) - (z(f, text) if key[0] == 'vision' else z(vision, f))
+        "Paired differences (n,) of one module on the images of the block"
+        task, t, block = self.task, key[0], self.done['vision']
+        both = {**task.dense, t: task.dense[t].index_copy(0, self.done[t], torch.cat(self.feats[key]))}
+        if self.gallery == 'all' or task.labelled: return task.drop(t, both[t])[block]
+        cols = torch.cat([(task.owner == i).nonzero()[:, 0] for i in block])
+        owner = torch.full((len(task.x['vision']),), -1).index_copy(0, block, torch.arange(len(block)))[task.owner[cols]]
+        z = lambda f: contributions(task.z, f['vision'][block], f['text'][task.caption[cols]], owner, task.scale)
+        return z(task.dense) - z(both)
 
 # %% ../nbs/03b_resolution.ipynb #87d2919c
 def race(
     clip: Clip,
-    pairs,                      # image-text pairs of a split that is not reported on
+    pairs,                      # image-text pairs (labelled images for z='zero_shot') of a split that is not reported on
     keep: float=.5,             # the budget that decides what has to be known
     rank: str='layer',          # who competes, see `competitions`
-    confidence: float=.9,       # membership is decided at this probability
-    first: int=64,              # images of the first block; each next block doubles
+    confidence: float=.8,       # membership is decided at this probability, twice running
+    first: int=32,              # images of the first block; each next block doubles
+    gallery: str='all',         # what images and captions of a block compete with: 'all' or 'block'
     towers: tuple=TOWERS,
     modules: tuple=MODULES[:3],
     groups: int=8,
     z='mean_recall',
+    store=None,                 # a folder that keeps finished batches: a killed race goes on
     seed: int=0,                # of the order of images and of the bootstrap
     batch: int=64,
     precision: str='fp32',
     allow_test: bool=False,
+    log=None,                   # called with one line a block, and one before the first
 ) -> pd.DataFrame:              # as `mope`; n: images spent on each module; p_kept: 1 or 0 where it was decided, else the last probability
     "MoPE for a budget: modules whose membership is decided are measured no further"
-    towers = check_scoring(pairs, towers, modules, allow_test); keep_count(1, keep)
-    order = np.random.default_rng(seed).permutation(len(pairs))
-    every = modules_of(clip, pairs, towers, modules, groups)
-    blocks, racing, final = _Blocks(clip, pairs, z, order, batch, precision), [(t, l, m, i) for (t, l), (w, _) in every.items() for m, i in w], {}
-    slots, n = None, min(first, len(pairs))
-    while racing:
-        blocks.extend(n, {k: ([w for w in wanted if (*k, *w) in set(racing)], g) for k, (wanted, g) in every.items()})
-        rows = pd.DataFrame([_row(t, m, l, i, every[t, l][1][i] if m == 'ffn' else None, blocks.drop((t, l, m, i))) for t, l, m, i in racing])
-        label = competitions(rows, rank)
-        slots = slots or {g: keep_count(c, keep) for g, c in label.value_counts().items()}
-        p = _p_of_slots(rows, label, slots, seed + n)
-        out = np.ones(len(rows), bool) if n == len(pairs) else ((p >= confidence) | (p <= 1 - confidence)).to_numpy()
-        for k, (g, row, prob) in enumerate(zip(label, rows.to_dict('records'), p)):
-            if not out[k]: continue
-            decided = prob if n == len(pairs) and 1 - confidence < prob < confidence else float(prob >= .5)
-            final[racing[k]] = {**row, 'p_kept': decided}
-            slots[g] -= n < len(pairs) and prob >= confidence
-        racing = [r for r, o in zip(racing, out) if not o]
-        n = min(2*n, len(pairs))
-    keys = [(t, l, m, i) for (t, l), (w, _) in every.items() for m, i in w]
-    table = _table([final[k] for k in keys], clip, metric='race', z=z if isinstance(z, str) else 'callable', keep=keep, rank=rank, confidence=confidence, groups=groups, seed=seed, macs=blocks.macs,
-                   images=len(pairs), split=str(getattr(pairs, 'split', None)), scored_on_test=str(getattr(pairs, 'split', None)) == 'test')
-    table['p_kept'] = [final[k]['p_kept'] for k in keys]
+    (towers, modules), split = check_scoring(pairs, towers, modules, allow_test), str(getattr(pairs, 'split', None))
+    keep_count(1, keep)
+    if gallery not in ('all', 'block'): raise ValueError(f"gallery is 'all' or 'block', not {gallery!r}.")
+    if store and callable(z): raise ValueError('A store cannot tell two functions apart: pass z by its name, or no store.')
+    task = Scored(clip, pairs, z, batch, precision)
+    every = modules_of(clip, pairs, towers, modules, groups, not task.labelled)
+    options = dict(metric='race', z=getattr(z, '__name__', 'callable') if callable(z) else z, keep=keep, rank=rank, confidence=confidence, first=first, gallery=gallery, groups=groups, modules=sorted(modules), towers=sorted(towers), seed=seed, split=split, precision=precision)
+    kept = Path(store)/f"{_key(task, {**options, 'batch': batch})}.parquet" if store else None
+    if kept and kept.is_file(): return pd.read_parquet(kept)
+    _say_cost(task, every, batch, log)
+    blocks = _Blocks(task, gallery, torch.from_numpy(np.random.default_rng(seed).permutation(len(pairs))), batch, kept.with_suffix('') if kept else None)
+    table = _run_race(blocks, every, keep, rank, confidence, first, seed, log)
+    table.attrs['mope'] = {**_table([], clip, **options, macs=blocks.macs, images=len(pairs), scored_on_test=split == 'test').attrs['mope']}
+    if kept: write_atomic(kept, lambda f: table.to_parquet(f)); shutil.rmtree(kept.with_suffix(''), ignore_errors=True)
     return table
 
 # %% ../nbs/03b_resolution.ipynb #4a14fd27
-def _p_of_slots(rows: pd.DataFrame, label: pd.Series, slots: dict, seed: int, draws: int=500) -> pd.Series:
-    "The probability of one of the places left in each competition; 1 or 0 where there are places for all or none"
-    s, out = resampled(rows, draws, seed), np.zeros(len(rows))
-    for g in label.unique():
-        at = np.flatnonzero(label == g)
-        out[at] = ((-s[:, at]).argsort(1, kind='stable').argsort(1) < slots[g]).mean(0)
-    return pd.Series(out, rows.index)
+def _run_race(blocks: _Blocks, every: dict, keep: float, rank: str, confidence: float, first: int, seed: int, log) -> pd.DataFrame:
+    "Block after block, until every module is decided or has seen all images"
+    keys = [(t, l, *w) for (t, l), (wanted, _) in every.items() for w in wanted]
+    racing, final, before, places, total = keys, {}, {}, None, len(blocks.order)
+    n = min(first, total)
+    while racing:
+        left = set(racing)
+        blocks.extend(n, {k: ([w for w in wanted if (*k, *w) in left], g) for k, (wanted, g) in every.items()})
+        rows = pd.DataFrame([_row(t, m, l, i, every[t, l][1][i] if m == 'ffn' else None, blocks.drop((t, l, m, i))) for t, l, m, i in racing])
+        label = competitions(rows, rank)
+        places = places or {g: keep_count(c, keep) for g, c in label.value_counts().items()}
+        p = _chances(rows, label, places, 500, seed + n)
+        side = {k: None if 1 - confidence < v < confidence else bool(v >= .5) for k, v in zip(racing, p)}
+        for k, g, row, v in zip(racing, label, rows.to_dict('records'), p):
+            decided = side[k] is not None and side[k] == before.get(k)
+            if not decided and n < total: continue
+            final[k] = {**row, 'p_kept': float(side[k]) if decided else v}
+            blocks.feats.pop(k)
+            if decided: places[g] -= side[k]
+        racing, before = [k for k in racing if k not in final], side
+        if log: log(f'{n} of {total} images: {len(racing)} of {len(keys)} modules still race')
+        n = min(2*n, total)
+    return pd.DataFrame([final[k] for k in keys]).drop(columns='diffs')
