@@ -34,3 +34,17 @@ def test_teacher_notebook_trains_and_resumes(tmp_path):
     import open_clip
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path/'data'/'teacher'}")
     assert model.visual.transformer.width == smoke['width']
+    again = run(sys.executable, '-m', 'papermill', ROOT/'nbs'/'10_teacher.ipynb', tmp_path/'again.ipynb', *args, cwd=tmp_path)
+    assert again.returncode == 0 and 'not trained again' in (tmp_path/'again.ipynb').read_text(), again.stderr[-3000:]
+    assert json.loads((tmp_path/'out'/'results.json').read_text())['rows'] == first['rows']
+
+
+@pytest.mark.parametrize('name', [n for n in TEMPLATES if n > '3'])
+def test_table_or_figure_notebook_runs_at_smoke_size(name, tmp_path):
+    import yaml
+    smoke = {**yaml.safe_load((ROOT/'nbs'/f'{name}.yaml').read_text())['smoke'], 'out_dir': str(tmp_path/'out')}
+    (tmp_path/'smoke.yaml').write_text(yaml.safe_dump(smoke))
+    r = run(sys.executable, '-m', 'papermill', ROOT/'nbs'/f'{name}.ipynb', tmp_path/f'{name}.ipynb', '-f', tmp_path/'smoke.yaml', cwd=tmp_path)
+    assert r.returncode == 0, r.stderr[-3000:]
+    results = json.loads((tmp_path/'out'/'results.json').read_text())
+    assert results['claims'] and all({'id', 'verdict', 'value', 'rule', 'text'} <= set(c) for c in results['claims'])
