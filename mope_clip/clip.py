@@ -339,10 +339,10 @@ def weights_hash(
 def load_clip(
     name: str,             # an open_clip name, 'hf-hub:...', 'local-dir:...', or a folder
     pretrained: str=None,  # open_clip's tag or a checkpoint file, for a name
-    device: str=None,      # None: 'cuda' where there is one, else 'cpu'
+    device: str=None,      # None: 'cuda' where there is one (under torchrun the one of LOCAL_RANK), else 'cpu'
 ) -> Clip:
     "A model ready to evaluate; `FileNotFoundError` or `ValueError` names what is missing"
-    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else 'cpu')   # torchrun: a GPU for each process
     folder = Path(name.removeprefix('local-dir:')).expanduser()
     if folder.is_dir() and (folder/'config.json').is_file() and not (folder/'open_clip_config.json').is_file(): return _load_saved(folder, device)
     if folder.is_dir(): return _load_open_clip_folder(folder, device)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from conftest import ROOT
+from conftest import ROOT, run
 from mope_clip.clip import TOWERS, Clip, build_clip, prune, tiny_clip, whole_spec
 from mope_clip.data import synth_pairs
 from mope_clip.engine import Inputs, one_layer
@@ -166,6 +166,16 @@ def test_two_processes_share_and_give_the_same_table(tmp_path):
     pd.testing.assert_frame_equal(scores(tmp_path), scores(), check_like=False)
 
 
+def test_two_ranks_of_torchrun_share_and_give_the_same_table(tmp_path):
+    "No collectives: the ranks claim layers from the store. `accelerate launch --cpu` silently starts one process, so the workers say that they are two"
+    (tmp_path/'worker.py').write_text("import os\nassert os.environ['WORLD_SIZE'] == '2'\nprint('rank', os.environ['RANK'], flush=True)\n" + WORKER)
+    r = run(sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--nproc_per_node=2', tmp_path/'worker.py', tmp_path/'store', .5, ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1', timeout=200)
+    said = r.stdout.split()
+    assert said.count('rank') == 2 and {'0', '1'} <= set(said) and said.count('finished') == 2, r.stderr[-2000:]
+    assert said.count('layer') == 5, 'every layer was scored once'
+    pd.testing.assert_frame_equal(scores(tmp_path/'store'), scores())
+
+
 def test_killed_process_loses_its_layer_only(tmp_path):
     p = start(tmp_path, .6)
     for _ in range(2): p.stdout.readline()
@@ -196,3 +206,21 @@ def test_finished_batches_of_a_layer_are_not_computed_again(tmp_path, monkeypatc
     again = one_layer(new(), 0, wanted, [], parts=tmp_path)
     assert len(calls) == 4, 'one batch of three was finished'
     assert all(torch.equal(whole[w], again[w]) for w in wanted)
+
+
+def test_ranks_of_a_large_gallery_take_less_than_a_gibibyte():
+    "5,000 images x 25,000 captions at width 512, beyond the embeddings, as the operating system sees it"
+    code = '''
+import resource, torch
+from mope_clip.evaluate import ranks
+from mope_clip.metrics import contributions
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+im, tx = (torch.nn.functional.normalize(torch.randn(n, 512), dim=1) for n in (5000, 25000))
+owner = torch.arange(5000).repeat_interleave(5)
+small = ranks(im[:10], tx[:50], owner[:50]); start = peak()
+ranks(im, tx, owner); print((peak() - start)/2**20)
+contributions('contrastive', im, tx, owner); print((peak() - start)/2**20)
+'''
+    r = run(sys.executable, '-W', 'ignore', '-c', code)
+    hard, smooth = map(float, r.stdout.split())
+    assert 0.05 < hard < 1 and smooth < 1, (hard, smooth)
