@@ -135,7 +135,14 @@ class Scored:
         distinct = {c: i for i, c in enumerate(dict.fromkeys(flat))}              # equal captions are encoded once
         self.x = dict(vision=images_of(clip, pairs['image']), text=clip.tokenizer(list(distinct)))
         self.caption, self.owner = torch.tensor([distinct[c] for c in flat]), torch.tensor(pairs['label']) if self.labelled else owners(captions)
-        self.scale, self.batch, self.precision = clip.logit_scale.exp().item(), batch, precision
+        autocast(clip.device, precision)                                                 # refuses an unknown precision now
+        self.scale, self.batch, self.precision, self.split = clip.logit_scale.exp().item(), batch, precision, str(getattr(pairs, 'split', None))
+
+    @property
+    def made_by(self) -> dict:
+        "What a table says of the data and of Z"
+        return dict(z=getattr(self.z, '__name__', 'callable') if callable(self.z) else self.z, split=self.split, scored_on_test=self.split == 'test', precision=self.precision,
+                    images=len(self.x['vision']), captions=len(self.caption))
 
     def encode(self, clip: Clip, tower: str) -> torch.Tensor:
         "Features of one tower of `clip`: images (n, e), or distinct captions (m, e)"
@@ -160,9 +167,15 @@ class Scored:
 # %% ../nbs/03_metrics.ipynb #3ead5caf
 def _key(task: Scored, options: dict) -> str:
     "A hash of weights, data and options: scores are never reused for anything else"
-    h = hashlib.sha256((weights_hash(task.clip) + json.dumps(options, sort_keys=True, default=str)).encode())
+    h = hashlib.sha256((weights_hash(task.clip) + json.dumps({**options, **task.made_by, 'batch': task.batch}, sort_keys=True, default=str)).encode())
     for x in (*task.x.values(), task.caption, task.owner): h.update(x.contiguous().numpy().tobytes())
     return h.hexdigest()[:16]
+
+def _place(task: Scored, store, options: dict):
+    "Where a store keeps the scores of this task; None without a store"
+    if not store: return None
+    if callable(task.z): raise ValueError('A store cannot tell two functions apart: pass z by its name, or no store.')
+    return Path(store)/_key(task, options)
 
 # %% ../nbs/03_metrics.ipynb #e6797b24
 MODULES = 'head', 'ffn', 'layer', 'attn', 'mlp'
@@ -208,7 +221,7 @@ def modules_of(
 # %% ../nbs/03_metrics.ipynb #76b01129
 def _together(todo: dict) -> dict:
     "The same candidates, with group g of all layers of a tower as one of them, under the layer 'all'"
-    out = {k: ([w for w in wanted if w[0] != 'ffn'], split) for k, (wanted, split) in todo.items()}
+    out = {k: (rest, split) for k, (wanted, split) in todo.items() if (rest := [w for w in wanted if w[0] != 'ffn'])}
     for t in dict.fromkeys(t for t, _ in todo):
         splits = {l: split for (tower, l), (_, split) in todo.items() if tower == t}
         out[t, 'all'] = [('ffn', g) for g in range(max(map(len, splits.values())))], splits
@@ -222,9 +235,9 @@ def _without_group(task: Scored, t: str, g: int, splits: dict) -> torch.Tensor:
     return task.encode(prune(task.clip, spec), t)
 
 # %% ../nbs/03_metrics.ipynb #6fc3e7ed
-def _seconds_per_mac(task: Scored, t: str, batch: int) -> float:
+def _seconds_per_mac(task: Scored, t: str) -> float:
     "Measured on one batch of a tower, after a first one that warms up"
-    x, f = task.x[t][:batch].to(task.clip.device), task.clip.encode_image if t == 'vision' else task.clip.encode_text
+    x, f = task.x[t][:task.batch].to(task.clip.device), task.clip.encode_image if t == 'vision' else task.clip.encode_text
     with torch.inference_mode(), autocast(task.clip.device, task.precision):
         for _ in range(2):
             t0 = time.perf_counter(); f(x)
@@ -236,21 +249,20 @@ def _seconds_per_mac(task: Scored, t: str, batch: int) -> float:
 def preview(
     task: Scored,
     todo: dict,     # of `modules_of`
-    batch: int=64,
 ) -> dict:          # modules, MACs of one dense evaluation, of the engine and of brute force, encodes saved, estimated seconds
     "What scoring will cost, from shapes and one timed batch of each tower"
-    clip, tok = task.clip, {t: round(tokens_of(task.clip.tower(t), task.x[t], batch)) for t in TOWERS}
+    clip, tok = task.clip, {t: round(tokens_of(task.clip.tower(t), task.x[t], task.batch)) for t in TOWERS}
     dense = {t: len(task.x[t])*tower_macs(clip, t, tok[t]) for t in TOWERS}
     engine, count = dict(dense), sum(len(w) for w, _ in todo.values())
     for (t, l), (w, g) in todo.items():
         engine[t] += dense[t]*len(w) if l == 'all' else len(task.x[t])*layer_macs(clip.tower(t), l, w, tok[t], len(g))
     total, all_macs = sum(dense.values()), sum(engine.values())
     return dict(modules=count, dense_macs=total, engine_macs=all_macs, brute_macs=count*total, encodes_saved=count - all_macs/total,
-                seconds=sum(m*_seconds_per_mac(task, t, batch) for t, m in engine.items()))
+                seconds=sum(m*_seconds_per_mac(task, t) for t, m in engine.items()))
 
-def _say_cost(task: Scored, todo: dict, batch: int, log):
+def _say_cost(task: Scored, todo: dict, log):
     "One line before the work: to `log`, or printed where the work takes over five seconds"
-    p = preview(task, todo, batch)
+    p = preview(task, todo)
     line = ('{modules} modules to score; one evaluation of the whole model is {dense_macs:.3g} MACs; {engine_macs:.3g} MACs in all instead of {brute_macs:.3g} by brute force '
             '({encodes_saved:.0f} evaluations saved), about {seconds:.0f} s on this machine').format(**p)
     if log or p['seconds'] > 5: (log or print)(line)
@@ -275,27 +287,24 @@ def mope(
 ) -> pd.DataFrame:              # one row a module: score and standard error in points of Z
     "The module-wise pruning error of every module (paper, section 2)"
     towers, modules = check_scoring(pairs, towers, modules, allow_test)
-    if store and callable(z): raise ValueError('A store cannot tell two functions apart: pass z by its name, or no store.')
-    autocast('cpu', precision)
-    task, split = Scored(clip, pairs, z, batch, precision), str(getattr(pairs, 'split', None))
+    task = Scored(clip, pairs, z, batch, precision)
     rewire = rewire and not task.labelled                                      # prompts are no pairs to take a gradient from
     todo = modules_of(clip, pairs, towers, modules, groups, rewire)
     if together and 'ffn' in modules: todo = _together(todo)
-    options = dict(metric='mope', z=getattr(z, '__name__', 'callable') if callable(z) else z, groups=groups, rewire=rewire, together=together, modules=sorted(modules), split=split, precision=precision)
-    key = _key(task, {**options, 'batch': batch})
-    rows = _score_all(task, todo, Path(store)/key if store else None, batch, precision, memory, log)
-    table = _table(rows, clip, **options, key=key, z_dense=task.base.mean().item(), images=len(task.x['vision']), captions=len(task.caption), scored_on_test=split == 'test')
+    options = dict(metric='mope', groups=groups, rewire=rewire, together=together, modules=sorted(modules))
+    rows = _score_all(task, todo, _place(task, store, options), memory, log)
+    table = _table(rows, clip, **options, **task.made_by, key=_key(task, options), z_dense=task.base.mean().item())
     if diffs: table['diffs'] = [r['diffs'] for r in rows]
     return table
 
 # %% ../nbs/03_metrics.ipynb #7ac64146
-def _score_all(task: Scored, todo: dict, store, batch: int, precision: str='fp32', memory: float=4e9, log=None) -> list:
+def _score_all(task: Scored, todo: dict, store=None, memory: float=4e9, log=None) -> list:
     "Rows of every module, layer by layer; with a store, those of other processes included"
     rows, path = {}, lambda k: store/f'{k[0]}-{k[1]}.parquet' if store else None
     for k in todo: _load_rows(path(k), rows, k)
     left = {k: v for k, v in todo.items() if k not in rows}
-    if left: _say_cost(task, left, batch, log)
-    work = _Work(task, batch, precision, memory, _ticker(sum(len(w)*-(-len(task.x[t])//batch) for (t, _), (w, _) in left.items())))
+    if left: _say_cost(task, left, log)
+    work = _Work(task, memory, _ticker(sum(len(w)*-(-len(task.x[t])//task.batch) for (t, _), (w, _) in left.items())))
     while len(rows) < len(todo):
         for k, (wanted, split) in left.items():
             if k in rows or _load_rows(path(k), rows, k): continue
@@ -310,21 +319,26 @@ def _score_all(task: Scored, todo: dict, store, batch: int, precision: str='fp32
 # %% ../nbs/03_metrics.ipynb #67b07c56
 class _Work:
     "Scores one layer after another, and holds the inputs of the one that comes next"
-    def __init__(self, task: Scored, batch: int, precision: str, memory: float, tick):
-        self.task, self.slim, self.new, self.precision, self.tick = task, prune(task.clip, whole_spec(task.clip)), (batch, task.clip.device, memory, dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision)), precision, tick
+    def __init__(self, task: Scored, memory: float, tick):
+        self.task, self.slim, self.memory, self.tick = task, prune(task.clip, whole_spec(task.clip)), memory, tick
         self.tower, self.at, self.inputs = None, 0, None
+
+    def _first(self, t: str) -> Inputs:
+        "The inputs of a tower's first layer, kept in the precision that is computed in"
+        dtype = dict(bf16=torch.bfloat16, fp16=torch.float16).get(self.task.precision)
+        return Inputs(self.slim.tower(t), self.task.x[t], self.task.batch, self.task.clip.device, self.memory, dtype)
 
     def rows(self, t: str, l, wanted: list, split, parts) -> list:
         "Rows of the wanted modules of layer `l`, or of rank groups where `l` is 'all'"
         if l == 'all': return [r for w in wanted for r in self._rows_of_rank(t, w[1], split)]
-        if t != self.tower or l < self.at: self.tower, self.at, self.inputs = t, 0, Inputs(self.slim.tower(t), self.task.x[t], *self.new)
-        for k in range(self.at, l): advance(self.inputs, k, self.precision)
-        feats, self.at = one_layer(self.inputs, l, wanted, split, self.precision, parts, self.tick), l + 1
+        if t != self.tower or l < self.at: self.tower, self.at, self.inputs = t, 0, self._first(t)
+        for k in range(self.at, l): advance(self.inputs, k, self.task.precision)
+        feats, self.at = one_layer(self.inputs, l, wanted, split, self.task.precision, parts, self.tick), l + 1
         return [_row(t, m, l, i, split[i] if m == 'ffn' else None, self.task.drop(t, f)) for (m, i), f in feats.items()]
 
     def _rows_of_rank(self, t: str, g: int, splits: dict) -> list:
         "Rows of group g of every layer, all of them gone"
-        diff = self.task.drop(t, _without_group(self.task, t, g, splits)); self.tick(-(-len(self.task.x[t])//self.new[0]))
+        diff = self.task.drop(t, _without_group(self.task, t, g, splits)); self.tick(-(-len(self.task.x[t])//self.task.batch))
         return [_row(t, 'ffn', l, g, split[g], diff) for l, split in splits.items() if g < len(split)]
 
 # %% ../nbs/03_metrics.ipynb #bc0ee239
@@ -469,8 +483,8 @@ def unimodal(
     "The drop measured on each tower's own embeddings"
     (towers, modules), task = check_scoring(pairs, towers, modules, allow_test), Scored(clip, pairs, batch=batch)
     task.drop = lambda t, f: 100*(1 - (task.dense[t]*f).sum(1))
-    rows = _score_all(task, modules_of(clip, pairs, towers, modules, groups), None, batch)
-    return _table(rows, clip, metric='unimodal', groups=groups, split=str(getattr(pairs, 'split', None)))
+    rows = _score_all(task, modules_of(clip, pairs, towers, modules, groups))
+    return _table(rows, clip, **{**task.made_by, 'metric': 'unimodal', 'z': 'unimodal', 'groups': groups})
 
 # %% ../nbs/03_metrics.ipynb #8daa69ce
 def every_other(

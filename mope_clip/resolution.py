@@ -7,7 +7,6 @@ __all__ = ['keep_count', 'competitions', 'resampled', 'kept_probability', 'resol
 
 # %% ../nbs/03b_resolution.ipynb #6766e24d
 import math, shutil
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,7 +16,7 @@ from .clip import TOWERS, Clip, prune, whole_spec
 from .data import write_atomic
 from .engine import Inputs, advance, layer_macs, one_layer, tokens_of
 from .evaluate import tower_macs
-from .metrics import MODULES, Scored, _key, _row, _say_cost, _table, _ticker, check_scoring, contributions, modules_of
+from .metrics import MODULES, Scored, _place, _row, _say_cost, _table, _ticker, check_scoring, contributions, modules_of
 
 # %% ../nbs/03b_resolution.ipynb #35475f36
 def keep_count(
@@ -90,12 +89,13 @@ def resolved(
 # %% ../nbs/03b_resolution.ipynb #8cad4113
 class _Blocks:
     "Features of growing blocks of images without each module that still races"
-    def __init__(self, task: Scored, gallery: str, order: torch.Tensor, batch: int, folder):
-        self.task, self.slim, self.gallery, self.order, self.batch, self.folder = task, prune(task.clip, whole_spec(task.clip)), gallery, order, batch, folder
+    def __init__(self, task: Scored, gallery: str, seed: int, folder=None):
+        self.task, self.slim, self.gallery, self.folder = task, prune(task.clip, whole_spec(task.clip)), gallery, folder
+        self.order = torch.from_numpy(np.random.default_rng(seed).permutation(len(task.x['vision'])))
         self.done, self.feats, self.macs = {t: torch.zeros(0, dtype=torch.long) for t in TOWERS}, {}, 0
         for t in TOWERS: self.macs += len(task.x[t])*tower_macs(self.slim, t, self._tokens(t, task.x[t]))    # the dense evaluation of everything
 
-    def _tokens(self, t, x): return round(tokens_of(self.slim.tower(t), x, self.batch))
+    def _tokens(self, t, x): return round(tokens_of(self.slim.tower(t), x, self.task.batch))
 
     def _new(self, t: str, images: torch.Tensor) -> torch.Tensor:
         "The items of a tower that these images need and that were not encoded before"
@@ -107,13 +107,13 @@ class _Blocks:
     def extend(self, n: int, todo: dict):
         "Encode the images up to the `n`-th for the wanted modules, {(tower, layer): (wanted, groups)}"
         images = self.order[len(self.done['vision']):n]
-        tick = _ticker(sum(len(w)*-(-len(self._new(t, images))//self.batch) for (t, _), (w, _) in todo.items()))
+        tick = _ticker(sum(len(w)*-(-len(self._new(t, images))//self.task.batch) for (t, _), (w, _) in todo.items()))
         for t in TOWERS:
             new, layers = self._new(t, images), [l for (tt, l), (w, _) in todo.items() if tt == t and w]
             self.done[t] = torch.cat([self.done[t], new])
             if not layers or not len(new): continue
             x, tower = self.task.x[t][new], self.slim.tower(t)
-            inputs = Inputs(tower, x, self.batch, self.task.clip.device)
+            inputs = Inputs(tower, x, self.task.batch, self.task.clip.device)
             for l in range(max(layers) + 1):
                 wanted, groups = todo.get((t, l), ((), []))
                 if not wanted: advance(inputs, l, self.task.precision); continue
@@ -152,25 +152,25 @@ def race(
     log=None,                   # called with one line a block, and one before the first
 ) -> pd.DataFrame:              # as `mope`; n: images spent on each module; p_kept: 1 or 0 where it was decided, else the last probability
     "MoPE for a budget: modules whose membership is decided are measured no further"
-    (towers, modules), split = check_scoring(pairs, towers, modules, allow_test), str(getattr(pairs, 'split', None))
+    towers, modules = check_scoring(pairs, towers, modules, allow_test)
     keep_count(1, keep)
     if gallery not in ('all', 'block'): raise ValueError(f"gallery is 'all' or 'block', not {gallery!r}.")
-    if store and callable(z): raise ValueError('A store cannot tell two functions apart: pass z by its name, or no store.')
     task = Scored(clip, pairs, z, batch, precision)
+    options = dict(metric='race', keep=keep, rank=rank, confidence=confidence, first=first, gallery=gallery, groups=groups, modules=sorted(modules), towers=sorted(towers), seed=seed)
+    place = _place(task, store, options)
+    if place and (done := place.with_suffix('.parquet')).is_file(): return pd.read_parquet(done)
     every = modules_of(clip, pairs, towers, modules, groups, not task.labelled)
-    options = dict(metric='race', z=getattr(z, '__name__', 'callable') if callable(z) else z, keep=keep, rank=rank, confidence=confidence, first=first, gallery=gallery, groups=groups, modules=sorted(modules), towers=sorted(towers), seed=seed, split=split, precision=precision)
-    kept = Path(store)/f"{_key(task, {**options, 'batch': batch})}.parquet" if store else None
-    if kept and kept.is_file(): return pd.read_parquet(kept)
-    _say_cost(task, every, batch, log)
-    blocks = _Blocks(task, gallery, torch.from_numpy(np.random.default_rng(seed).permutation(len(pairs))), batch, kept.with_suffix('') if kept else None)
-    table = _run_race(blocks, every, keep, rank, confidence, first, seed, log)
-    table.attrs['mope'] = {**_table([], clip, **options, macs=blocks.macs, images=len(pairs), scored_on_test=split == 'test').attrs['mope']}
-    if kept: write_atomic(kept, lambda f: table.to_parquet(f)); shutil.rmtree(kept.with_suffix(''), ignore_errors=True)
+    _say_cost(task, every, log)
+    blocks = _Blocks(task, gallery, seed, place)
+    rows = _run_race(blocks, every, keep, rank, confidence, first, seed, log)
+    table = _table(rows, clip, **options, **task.made_by, macs=blocks.macs)
+    table['p_kept'] = [r['p_kept'] for r in rows]
+    if place: write_atomic(done, lambda f: table.to_parquet(f)); shutil.rmtree(place, ignore_errors=True)
     return table
 
 # %% ../nbs/03b_resolution.ipynb #4a14fd27
-def _run_race(blocks: _Blocks, every: dict, keep: float, rank: str, confidence: float, first: int, seed: int, log) -> pd.DataFrame:
-    "Block after block, until every module is decided or has seen all images"
+def _run_race(blocks: _Blocks, every: dict, keep: float, rank: str, confidence: float, first: int, seed: int, log) -> list:
+    "Rows of all modules: block after block, until each is decided or has seen all images"
     keys = [(t, l, *w) for (t, l), (wanted, _) in every.items() for w in wanted]
     racing, final, before, places, total = keys, {}, {}, None, len(blocks.order)
     n = min(first, total)
@@ -191,4 +191,4 @@ def _run_race(blocks: _Blocks, every: dict, keep: float, rank: str, confidence: 
         racing, before = [k for k in racing if k not in final], side
         if log: log(f'{n} of {total} images: {len(racing)} of {len(keys)} modules still race')
         n = min(2*n, total)
-    return pd.DataFrame([final[k] for k in keys]).drop(columns='diffs')
+    return [final[k] for k in keys]
