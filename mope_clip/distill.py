@@ -17,7 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 
-from .clip import TOWERS, Clip, load_clip, save_open_clip, weights_hash
+from .clip import Clip, load_clip, save_open_clip, weights_hash
+from .spec import TOWERS
 from .data import TASKS, cache_dir, data_dir, stream_pairs, write_atomic
 from .evaluate import retrieval
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .clip import Tower, take
+from .blocks import Tower, take
 from .data import write_atomic
 
 # %% ../nbs/03a_engine.ipynb #3814029e

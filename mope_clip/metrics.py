@@ -18,7 +18,9 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from .clip import TOWERS, Clip, check_width, prune, shape_of, weights_hash, whole_spec
+from .blocks import check_width
+from .clip import Clip, prune, shape_of, weights_hash, whole_spec
+from .spec import TOWERS
 from .data import progress, write_atomic
 from .engine import Inputs, advance, autocast, layer_macs, one_layer, tokens_of
 from .evaluate import encode, images_of, owners, ranks, suite_of, tower_macs
@@ -119,9 +121,9 @@ def neuron_groups(
     order: torch.Tensor, # (f,) neurons in the order in which they are grouped
     groups: int,         # how many equal groups
 ) -> list:               # lists of neuron indices
-    "Neurons cut into equal groups, the first group the most important"
+    "Neurons cut into equal groups, in their order: the first group and the first neuron of a group are the most important"
     if not 1 <= groups <= max(1, len(order)): raise ValueError(f'groups must be between 1 and the {len(order)} neurons of a layer, not {groups}.')
-    return [sorted(g.tolist()) for g in order.tensor_split(groups)]
+    return [g.tolist() for g in order.tensor_split(groups)]
 
 # %% ../nbs/03_metrics.ipynb #03ec2add
 class Scored:

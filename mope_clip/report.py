@@ -16,7 +16,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .clip import TOWERS, Clip
+from .clip import Clip
+from .spec import TOWERS
 from .data import data_dir, write_atomic
 from .evaluate import cost, encode, encode_captions, images_of, latency, owners, recalls, ranks
 from .metrics import ZS, contributions

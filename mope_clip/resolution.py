@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .clip import TOWERS, Clip, prune, whole_spec
+from .clip import Clip, prune, whole_spec
+from .spec import TOWERS
 from .data import write_atomic
 from .engine import Inputs, advance, layer_macs, one_layer, tokens_of
 from .evaluate import tower_macs

@@ -6,45 +6,12 @@ import pytest
 import torch
 import torch.nn as nn
 
-from conftest import ROOT, run
-from mope_clip.clip import TOWERS, Clip, build_clip, prune, tiny_clip, whole_spec
+from conftest import GRID, ROOT, model_of, run
+from mope_clip.clip import Clip, build_clip, prune, tiny_clip, whole_spec
+from mope_clip.spec import TOWERS
 from mope_clip.data import synth_pairs
 from mope_clip.engine import Inputs, one_layer
 from mope_clip.metrics import Scored, contributions, mope
-
-GRID = dict(
-    plain=({}, {}, {}),
-    quick_gelu=({}, {}, dict(quick_gelu=True)),
-    layer_scale=(dict(ls_init_value=.3), dict(ls_init_value=.3), {}),
-    patch_dropout=(dict(patch_dropout=.5), {}, {}),
-    average_pool=(dict(pool_type='avg', final_ln_after_pool=True), {}, {}),
-    average_pool_ln_first=(dict(pool_type='avg', no_ln_pre=True), {}, {}),
-    first_pool=({}, dict(pool_type='first'), dict(custom_text=True)),
-    last_pool=({}, dict(pool_type='last'), dict(custom_text=True)),
-    eos_pool=({}, dict(pool_type='eos', eos_id=None), dict(custom_text=True)),
-    not_causal=({}, dict(no_causal_mask=True, pool_type='last'), dict(custom_text=True)),
-    not_causal_argmax=({}, dict(no_causal_mask=True), {}),
-    linear_projection=({}, dict(proj_type='linear', proj_bias=True), dict(custom_text=True)),
-    custom_blocks=(dict(block_type='custom'), dict(block_type='custom'), {}),
-    custom_norms=(dict(block_type='custom', qk_norm=True, scale_heads=True, scale_attn=True), dict(block_type='custom', qk_norm=True, scale_heads=True, scale_attn=True), {}))
-
-
-def model_of(name) -> Clip:
-    "A small random model of a grid entry, in float64, with the words of `synth_pairs`"
-    vision, text, top = GRID[name]
-    tiny = tiny_clip()
-    config = copy.deepcopy(tiny.config)
-    if text.get('pool_type') == 'eos': text = dict(text, eos_id=len(tiny.tokenizer.tokenizer) - 1)
-    config['model_cfg']['vision_cfg'].update(vision); config['model_cfg']['text_cfg'].update(text)
-    for k in ('hf_tokenizer_name', 'tokenizer_kwargs'): config['model_cfg']['text_cfg'].pop(k)
-    config['model_cfg'].update(top)
-    clip = build_clip(config, tiny.tokenizer, seed=1)
-    with torch.no_grad():
-        for n, p in clip.model.named_parameters():
-            if p.ndim < 2 or 'scale' in n: p.add_(.1*torch.randn_like(p))   # so that biases, norms and scales matter
-    clip.model.double()
-    return clip
-
 
 def encode(model, tower, x):
     "open_clip's own forward"
