@@ -9,9 +9,149 @@ __all__ = ['main']
 import argparse, json, sys
 from pathlib import Path
 
+import pandas as pd
+
+from .clip import load_clip, prune, weights_hash
+from .data import load_labelled, load_pairs, stream_pairs, write_atomic
+from .distill import STAGES, distill, teacher_for
+from .evaluate import cost, latency, retrieval, zero_shot
+from .export import export_onnx, to_hf, to_open_clip
+from .metrics import METRICS, MODULES, score_by
+from .pruners import BUDGETS, plan, say_cost
 from .report import repo_root, report, run_notebook, write_index, write_readme
+from .spec import TOWERS, read_spec
 
 # %% ../nbs/07_cli.ipynb #b8461eaa
+def _command(sub, name: str, do, text: str, model: str='the model') -> argparse.ArgumentParser:
+    "A command that takes a model and is carried out by `do`"
+    s = sub.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    s.set_defaults(do=do)
+    s.add_argument('model', help=f"{model}: an open_clip name, 'hf-hub:owner/name', a folder, or a TinyCLIP file")
+    s.add_argument('--pretrained', help="for an open_clip name: its tag, or a checkpoint file")
+    s.add_argument('--device', help="'cpu', 'cuda', ...; where it is not given, CUDA where there is one")
+    return s
+
+def _data(s: argparse.ArgumentParser, split: str, images: int):
+    "The arguments that name image-text pairs"
+    s.add_argument('--task', default='openmoji', help="'openmoji', 'openmoji-street', 'coco', 'flickr30k'")
+    s.add_argument('--data-root', help='folder of a data set on disk; where it is not given, data/TASK')
+    s.add_argument('--split', default=split, help="'train', 'validation' or 'test'")
+    s.add_argument('--images', type=int, default=images, help='number of images, each with all of its captions')
+
+# %% ../nbs/07_cli.ipynb #9fcb0103
+def _add_score(sub):
+    s = _command(sub, 'score', _score, 'score heads, FFN groups and layers; what is finished is kept, so that a run that was stopped goes on', 'the model to score')
+    _data(s, 'validation', 500)
+    s.add_argument('--metric', default='mope', choices=list(METRICS), help='how modules are scored')
+    s.add_argument('--z', default='mean_recall', help="what is lost: 'mean_recall' or one recall such as 'IR@1' (points), 'soft_recall', 'contrastive'")
+    s.add_argument('--towers', nargs='+', default=list(TOWERS), choices=TOWERS, help='towers to score')
+    s.add_argument('--modules', nargs='+', default=list(MODULES[:3]), choices=MODULES, help='kinds of modules')
+    s.add_argument('--groups', type=int, default=8, help='FFN groups a layer')
+    s.add_argument('--batch', type=int, default=64, help='images or captions at a time')
+    s.add_argument('--precision', default='fp32', choices=('fp32', 'bf16', 'fp16'), help='autocast of the encoders')
+    s.add_argument('--allow-test', action='store_true', help='score on the test split, and say so in the table')
+    s.add_argument('--out', default='scores.parquet', help='the table; finished modules are kept beside it, in OUT without its ending')
+
+def _score(a) -> str:
+    "Scores into a Parquet table"
+    out, clip = Path(a.out).expanduser(), load_clip(a.model, a.pretrained, a.device)
+    pairs = load_pairs(a.task, a.split, a.images, a.data_root)
+    options = {k: getattr(a, k) for k in ('z', 'groups', 'batch', 'precision', 'allow_test')} if a.metric == 'mope' else dict(groups=a.groups)
+    table = score_by(a.metric, clip, pairs, towers=tuple(a.towers), modules=tuple(a.modules), store=out.with_suffix(''), **options)
+    write_atomic(out, lambda f: table.to_parquet(f))
+    return f'{len(table)} modules scored by {a.metric}\nscores:  {out}'
+
+# %% ../nbs/07_cli.ipynb #d5146836
+def _add_prune(sub):
+    s = _command(sub, 'prune', _prune, 'remove what a table or a specification does not keep', 'the model that was scored')
+    what = s.add_mutually_exclusive_group(required=True)
+    what.add_argument('--scores', help='a table of `mope score`, with one of the budgets below')
+    what.add_argument('--spec', help='a specification (JSON)')
+    s.add_argument('--keep', type=float, help='budget: fraction of heads and of FFN groups')
+    s.add_argument('--params', type=float, help='budget: parameters of the scored towers, a share (up to 1) or a number')
+    s.add_argument('--macs', type=float, help='budget: multiply-accumulates of the scored towers for an image and a caption, a share or a number')
+    s.add_argument('--latency', type=float, help='budget: time of a batch of 32 on this machine, a share or milliseconds')
+    s.add_argument('--keep-depth', type=float, default=1., help='fraction of layers')
+    s.add_argument('--rank', default='layer', choices=('layer', 'global'), help='modules compete in their layer, or across layers')
+    s.add_argument('--floor', type=int, default=1, help='heads and groups that a layer keeps at least, for --rank global')
+    s.add_argument('--multiples', type=int, nargs=2, default=[1, 1], metavar=('HEADS', 'NEURONS'), help='round what a layer keeps to multiples')
+    s.add_argument('--no-embeddings', action='store_true', help='token embeddings do not count as parameters')
+    s.add_argument('--dry-run', action='store_true', help='say what it would cost, and stop')
+    s.add_argument('--out', default='pruned', help='folder of the smaller model')
+
+def _prune(a) -> str:
+    "A smaller model, from scores and a budget or from a specification"
+    clip = load_clip(a.model, a.pretrained, a.device)
+    if a.spec: spec = read_spec(a.spec); print(say_cost(clip, spec))
+    else:
+        if not Path(a.scores).expanduser().is_file(): raise FileNotFoundError(f'There is no table {a.scores}: make it with `mope score`.')
+        scores = pd.read_parquet(a.scores)
+        if scores.attrs.get('mope', {}).get('model') != weights_hash(clip): print('note: these scores are of a model with other weights')
+        spec = plan(scores, clip, **{k: getattr(a, k) for k in BUDGETS}, keep_depth=a.keep_depth, rank=a.rank, floor=a.floor, multiples=tuple(a.multiples), embeddings=not a.no_embeddings)
+    if a.dry_run: return 'nothing was removed'
+    prune(clip, spec).save(a.out)
+    return f'model:   {a.out}'
+
+# %% ../nbs/07_cli.ipynb #3924048d
+def _add_distill(sub):
+    s = _command(sub, 'distill', _distill, 'recover a pruned model from the unpruned one; a run that was stopped goes on from its last checkpoint', 'the pruned model')
+    _data(s, 'train', None)
+    s.add_argument('--teacher', help='the model that was pruned; where it is not given, the embedded teacher of the task')
+    s.add_argument('--teacher-pretrained', help='its tag or checkpoint file')
+    s.add_argument('--stage', default='finetune', choices=list(STAGES), help='whose settings are the defaults')
+    s.add_argument('--pairs-seen', type=int, help='budget in image-text pairs; where it is not given, that of the stage')
+    s.add_argument('--batch', type=int, help='pairs a step; where it is not given, that of the stage')
+    s.add_argument('--lr', type=float, help='peak learning rate; where it is not given, that of the stage')
+    s.add_argument('--seed', type=int, default=0, help='of the order and of the captions')
+    s.add_argument('--every', type=int, default=50, help='steps between two lines of the log')
+    s.add_argument('--out', default='student', help='folder of the result; checkpoints are kept in OUT-run')
+
+def _distill(a) -> str:
+    "Recovery into a folder"
+    student, teacher = load_clip(a.model, a.pretrained, a.device), teacher_for(a.task, a.teacher or '', a.teacher_pretrained or '')
+    pairs = stream_pairs(a.task, a.split, root=a.data_root)
+    settings = {k: v for k in ('pairs_seen', 'batch', 'lr', 'seed') if (v := getattr(a, k)) is not None}
+    distill(student, teacher, pairs, a.stage, folder=f'{a.out}-run', every=a.every, **settings).save(a.out)
+    return f'model:   {a.out}'
+
+# %% ../nbs/07_cli.ipynb #ea19c81d
+def _add_evaluate(sub):
+    s = _command(sub, 'evaluate', _evaluate, 'recall (per cent), zero-shot accuracy (per cent), parameters, multiply-accumulates, latency', 'the model to evaluate')
+    _data(s, 'test', 1000)
+    s.add_argument('--suites', nargs='*', default=[], help="zero-shot suites, e.g. concept colour count; 'imagenet' or an image folder")
+    s.add_argument('--no-retrieval', action='store_true', help='leave recall out')
+    s.add_argument('--latency', type=int, nargs='*', default=[], metavar='BATCH', help='measure the time of batches of these sizes')
+    s.add_argument('--batch', type=int, default=128, help='images or captions at a time')
+    s.add_argument('--out', help='also write the numbers as JSON')
+
+def _evaluate(a) -> str:
+    "All numbers of a model, printed and written"
+    clip, found = load_clip(a.model, a.pretrained, a.device), {}
+    if not a.no_retrieval: found[f'retrieval {a.task} {a.split}'] = retrieval(clip, load_pairs(a.task, a.split, a.images, a.data_root), a.batch)
+    for suite in a.suites: found[f'zero-shot {suite} {a.split}'] = zero_shot(clip, load_labelled(suite, a.split, a.images, a.data_root), batch=a.batch)
+    found['cost'] = cost(clip)
+    for b in a.latency: found[f'latency, batch {b}'] = latency(clip, b)
+    if a.out: write_atomic(a.out, lambda f: f.write(json.dumps(dict(model=a.model, weights=weights_hash(clip), **found), indent=1, default=str).encode()))
+    show = lambda v: f'{v:,}' if isinstance(v, int) else f'{v:.2f}' if isinstance(v, float) else str(v)
+    return '\n'.join(f'{name}: ' + ', '.join(f'{k} {show(v)}' for k, v in d.items()) for name, d in found.items())
+
+# %% ../nbs/07_cli.ipynb #d1e5be81
+def _add_export(sub):
+    s = _command(sub, 'export', _export, "write a model in another library's format", 'the model to export')
+    s.add_argument('--format', required=True, choices=('onnx', 'open_clip', 'hf'), help="'onnx': a graph a tower; 'open_clip', 'hf': their plain folders, for even models")
+    s.add_argument('--pad', action='store_true', help='fill what was removed with zeros where the format has no room for an uneven model: the same function, nothing saved')
+    s.add_argument('--out', default='exported', help='folder')
+
+def _export(a) -> str:
+    "A folder that another library reads"
+    clip = load_clip(a.model, a.pretrained, a.device)
+    if a.format == 'onnx':
+        if a.pad: raise ValueError('--pad is for open_clip and hf: ONNX has room for uneven models.')
+        export_onnx(clip, a.out)
+    else: dict(open_clip=to_open_clip, hf=to_hf)[a.format](clip, a.out, pad=a.pad)
+    return f'{a.format}:   {a.out}'
+
+# %% ../nbs/07_cli.ipynb #4a2f67b0
 def _value(text: str):
     "A parameter as JSON where it is JSON, else as it stands"
     try: return json.loads(text)
@@ -27,9 +167,9 @@ def _parser() -> argparse.ArgumentParser:
         s.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), help='a parameter of the notebook; may be given many times')
     s.add_argument('--scale', default='full', help="size of the run: 'full' (the defaults), or a section of the notebook's YAML file such as 'smoke' (default: full)")
     sub.add_parser('index', help='write reports/README.md')
-    for name in ('readme',):
-        s = sub.add_parser(name, help='write README.md from nbs/index.ipynb')
-        s.add_argument('--check', action='store_true', help='change nothing; exit with 1 where the file is out of date')
+    s = sub.add_parser('readme', help='write README.md from nbs/index.ipynb')
+    s.add_argument('--check', action='store_true', help='change nothing; exit with 1 where the file is out of date')
+    for add in (_add_score, _add_prune, _add_distill, _add_evaluate, _add_export): add(sub)
     return p
 
 # %% ../nbs/07_cli.ipynb #e865e528
@@ -53,7 +193,8 @@ def main(
         if a.command == 'run': _run(a.name, {k: _value(v) for k, v in a.p})
         elif a.command == 'report': print(report(a.name, a.scale, **{k: _value(v) for k, v in a.p}))
         elif a.command == 'index': print(write_index())
-        else: print(write_readme(a.check))
+        elif a.command == 'readme': print(write_readme(a.check))
+        else: print(a.do(a))
     except (ValueError, FileNotFoundError, ImportError, RuntimeError) as e:
         print(f'mope: {e}', file=sys.stderr)
         return 1
