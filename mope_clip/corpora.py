@@ -193,6 +193,7 @@ def load_hf(
 ):                 # `datasets.Dataset` with columns image, captions, image_id
     "A split of a Hugging Face data set with one row an image"
     from datasets import Dataset, Features, List, NamedSplit, Value, concatenate_datasets
+    if not columns and str(root).startswith('hf://'): raise ValueError(f'{root}: say which column is which before anything is fetched: columns=dict(image=..., captions=..., image_id=...), and split=... where a column names the split.')
     parts = open_hf(root)
     named = (columns or {}).get('split')
     data = concatenate_datasets([d for s, d in parts.items() if named or s in WANT[split]] or [next(iter(parts.values())).select([])])
