@@ -21,10 +21,17 @@ from .corpora import pick, sentences
 from .scenes import scene
 
 # %% ../nbs/00e_streams.ipynb #cd62676c
+def _reachable(url: str):
+    "Refuse a URL whose protocol lacks its package"
+    import fsspec
+    try: fsspec.get_filesystem_class(url.partition('://')[0])
+    except (ImportError, ValueError) as e: raise type(e)(f"{url} cannot be read: {e} (`pip install 'fsspec[http]'` for https, 'fsspec[s3]' for s3).") from None
+
 def shards_of(
     pattern: str, # a folder, a path or URL with `{00000..00331}` or `*` in it, or one file
 ) -> list:        # of str, in order
     "The shards that a pattern names"
+    if '://' in pattern: _reachable(pattern)
     if m := re.search(r'\{(\d+)\.\.(\d+)\}', pattern):
         found = [f'{pattern[:m.start()]}{k:0{len(m[1])}}{pattern[m.end():]}' for k in range(int(m[1]), int(m[2]) + 1)]
     elif '://' in pattern: return [pattern]
