@@ -30,17 +30,22 @@ def _is_hf(root) -> bool:
     if not root or str(root).startswith('hf://'): return bool(root)
     return any(p for g in ('*.parquet', '*/*.parquet', 'dataset_dict.json', 'state.json') for p in Path(root).expanduser().glob(g))
 
+def _mapping(columns):
+    "A column mapping from a dict, from JSON, or None"
+    try: return (json.loads(columns) if isinstance(columns, str) and columns else columns) or None
+    except ValueError: raise ValueError(f'The columns are a mapping as JSON, {{"image": "image", "captions": "caption", "image_id": "img_id"}}, not {columns!r}.') from None
+
 def load_pairs(
     task: str,     # one of `TASKS`, 'coco' or 'flickr30k'; or a Hugging Face data set: a folder, or 'hf://owner/name'
     split: str,    # 'train', 'validation' or 'test'
     n: int=None,   # how many images; None: 1,000 (validation, test) or 20,000 (train) scenes, all of a data set on disk
     root: str=None, # where COCO or Flickr30K is: a folder, or 'hf://owner/name'; None: `data/<task>`
-    columns: dict=None, # of a Hugging Face data set: which are image, captions, image_id, and split where one names it
+    columns: dict=None, # of a Hugging Face data set: which are image, captions, image_id, and split where one names it; a dict or JSON
     skip_unreadable: bool=False, # leave out pictures that cannot be decoded instead of refusing
     check: bool=True, # decode every picture of a data set on disk once
 ):                 # `datasets.Dataset` with columns image, captions, image_id; `about` says what was found
     "Image-text pairs of a split; `FileNotFoundError` says what to get where a data set is missing"
-    place = _place(task, split, (*TASKS, *KARPATHY))
+    place, columns = _place(task, split, (*TASKS, *KARPATHY)), _mapping(columns)
     if n is not None and n < 1: raise ValueError(f'n is the number of images, at least 1, not {n}.')
     if task in TASKS: return load_scenes(task, split, n or N_DEFAULT[split])
     if place or columns or _is_hf(root): return load_hf(task, split, n, root or (task if place else data_dir()/task), columns, skip_unreadable, check)
@@ -81,7 +86,7 @@ def stream_pairs(
     **settings,         # of `Stream`: seed, rank, world, lanes, workers, epochs, max_broken
 ) -> Stream:            # pairs one by one, for ever; with `state_dict` and `load_state_dict`
     "Pairs one by one, for training: shuffled, shared by processes, resumable; nothing is kept on disk"
-    place = _place(task, split, (*TASKS, *KARPATHY, *CORPORA))
+    place, columns = _place(task, split, (*TASKS, *KARPATHY, *CORPORA)), _mapping(columns)
     if task in TASKS: return Stream(scene_source(task, split, start), task, **settings)
     if task in KARPATHY:
         data = load_pairs(task, split, None, root, columns, check=check)
