@@ -84,7 +84,7 @@ def _karpathy_root(task: str, root) -> Path:
     if (root/name).is_file() and any((root/f).is_dir() for f in folders): return root
     what = 'does not exist' if not root.is_dir() else f'does not hold {name} and an image folder'
     raise FileNotFoundError(f'{task} needs its files, and {root} {what}: put {name} (the Karpathy split, https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip) '
-                            f'and the folder {" + ".join(folders) if task == "coco" else folders[0]} ({source}) there, or pass their folder as `root` (`-p data_root ...`).')
+                            f'and the folder {" + ".join(folders) if task == "coco" else folders[0]} ({source}) there, or pass their folder as `root` (`-p data_root ...`). More in data/README.md.')
 
 # %% ../nbs/00d_corpora.ipynb #cac38db5
 def _report(known: dict) -> str:
@@ -217,7 +217,7 @@ def _split_folder(base: Path, split: str) -> Path:
     inside = any((base/s).is_dir() for ss in WANT.values() for s in ss)
     if not base.is_dir() or inside or split != 'test':
         raise FileNotFoundError(f"{base} {'does not exist' if not base.is_dir() else f'holds no folder for the {split} split ({chr(32).join(WANT[split])})'}: "
-                                'put the images into <root>/<split>/<class>/, for ImageNet <root>/val/n01440764/ and so on, or pass their folder as `root`.')
+                                'put the images into <root>/<split>/<class>/, for ImageNet <root>/val/n01440764/ and so on, or pass their folder as `root`. More in data/README.md.')
     return base
 
 def _class_names(folders: list, base: Path) -> list:

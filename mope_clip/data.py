@@ -61,7 +61,7 @@ def _corpus(task: str, split: str, place, columns: dict, block: int):
     if not _is_hf(place):
         if split != 'train' and folder.name not in WANT[split] and folder.is_dir(): raise FileNotFoundError(f"{place} has no folder for the {split} split: shards without one are for training.")
         try: shards = shards_of(str(place))
-        except FileNotFoundError as e: raise FileNotFoundError(f"{e} {task}: {CORPORA[task]} and put the shards into {place}." if task in CORPORA else str(e)) from None
+        except FileNotFoundError as e: raise FileNotFoundError(f"{e} {task}: {CORPORA[task]} and put the shards into {place}. More in data/README.md." if task in CORPORA else str(e)) from None
         return Shards(shards, columns={**IMG2DATASET, **(columns or {})}, block=block)
     if not {'image', 'captions', 'image_id'} <= set(columns or {}): raise ValueError(f'{place} is a Hugging Face data set: say which columns are columns=dict(image=..., captions=..., image_id=...).')
     parts = open_hf(str(place), streaming=True)

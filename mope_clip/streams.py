@@ -144,7 +144,7 @@ class Shards:
                         taken += 1
                         yield block[i], [epoch, s, start, taken]
                     start, taken = start + len(block), 0
-                start = taken = 0
+                start = 0
             epoch, first = epoch + 1, 0
 
     def pair(self, row) -> dict:
