@@ -115,7 +115,8 @@ def checked(
     if 'captions' in data.column_names: known |= dict(captions=sum(map(len, data['captions'])), fewer=sum(len(c) < 5 for c in data['captions']))
     known |= dict(images=len(data), unreadable=list(bad), checked=check)
     known |= dict(label=_label(known))
-    data.info.description = json.dumps(known); print(_report(known))
+    data.info.description = json.dumps(known)
+    if os.environ.get('RANK', '0') == '0': print(_report(known))      # one of several processes speaks
     return data
 
 # %% ../nbs/00d_corpora.ipynb #a4d7e058

@@ -27,7 +27,7 @@ def _place(task: str, split: str, names) -> bool:
 
 def _is_hf(root) -> bool:
     "Whether a place is a Hugging Face data set: on the hub, or a folder with its files"
-    if not root or str(root).startswith('hf://'): return bool(root)
+    if not root or str(root).startswith('hf://'): return bool(root) and not str(root).endswith('.tar')
     return any(p for g in ('*.parquet', '*/*.parquet', 'dataset_dict.json', 'state.json') for p in Path(root).expanduser().glob(g))
 
 def _mapping(columns):
@@ -64,6 +64,7 @@ def _corpus(task: str, split: str, place, columns: dict, block: int):
         except FileNotFoundError as e: raise FileNotFoundError(f"{e} {task}: {CORPORA[task]} and put the shards into {place}. More in data/README.md." if task in CORPORA else str(e)) from None
         return Shards(shards, columns={**IMG2DATASET, **(columns or {})}, block=block)
     if not {'image', 'captions', 'image_id'} <= set(columns or {}): raise ValueError(f'{place} is a Hugging Face data set: say which columns are columns=dict(image=..., captions=..., image_id=...).')
+    if 'split' in columns: raise ValueError(f'{place}: rows of several splits in one cannot be told apart in a stream. Load them with load_pairs, or stream a set with splits of its own.')
     parts = open_hf(str(place), streaming=True)
     found = next((parts[s] for s in WANT[split] if s in parts), None)
     if found is None: raise ValueError(f'{place} has no {split} split: it has {", ".join(parts)}.')

@@ -159,14 +159,14 @@ class Stream(torch.utils.data.IterableDataset):
         name: str='',          # in messages
         seed: int=0,           # of every order
         rank: int=None, world: int=None, # this process and how many there are; None: from RANK and WORLD_SIZE
-        lanes: int=None,       # None: the largest multiple of `world` that is at most 8 (or `world`) and at most the shards
+        lanes: int=None,       # None: the largest multiple of `world` that is at most 8 and the number of shards, or `world`
         workers: int=0,        # threads that decode ahead
         epochs: int=None,      # None: for ever
         max_broken: float=.1,  # fraction of broken samples, after the first hundred, at which to give up
         work=None,             # a function of the pair, done by the threads: its result comes out
     ):
         self.rank, self.world = int(os.environ.get('RANK', 0)) if rank is None else rank, int(os.environ.get('WORLD_SIZE', 1)) if world is None else world
-        self.lanes = lanes or max(1, min(max(8, self.world), len(source))//self.world)*self.world
+        self.lanes = lanes or max(1, min(8, len(source))//self.world)*self.world
         if self.lanes % self.world or self.lanes > len(source):
             raise ValueError(f'{name}: {self.lanes} lanes cannot be shared by {self.world} processes: it takes a multiple of {self.world}, at most the number of shards ({len(source)}).')
         self.source, self.name, self.seed, self.workers, self.epochs, self.max_broken, self.work = source, name, seed, workers, epochs, max_broken, work
