@@ -7,11 +7,10 @@ from open_clip.loss import ClipLoss
 
 from conftest import GRID, model_of
 from mope_clip.clip import prune, shape_of, whole_spec
-from mope_clip.spec import TOWERS
 from mope_clip.data import synth_pairs
 from mope_clip.evaluate import cost, images_of, spec_cost
 from mope_clip.pruners import masked
-from mope_clip.spec import PruneSpec, compose, relative
+from mope_clip.spec import TOWERS, PruneSpec, compose, relative
 
 
 @st.composite
@@ -53,27 +52,29 @@ def embeddings(clip, images, ids): return clip.encode_image(images), clip.encode
 
 
 def close(a, b):
-    for x, y in zip(a, b): assert (x - y).abs().max() <= 1e-5*max(1, y.abs().max()), (x - y).abs().max()
+    "To 1e-5 in single precision, to 1e-9 in double"
+    for x, y in zip(a, b): assert (x - y).abs().max() <= (1e-5 if x.dtype == torch.float32 else 1e-9)*max(1, y.abs().max()), (x - y).abs().max()
 
 
 @pytest.mark.parametrize('name', GRID)
 @settings(max_examples=4, phases=[Phase.generate], deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_removed_equals_masked_before_and_after_a_step(name, pairs, data):
-    clip = model_of(name); clip.model.float()
-    if name == 'patch_dropout': clip.model.eval()   # random in training, for both
+    clip = model_of(name)
     spec = data.draw(specs(shape_of(clip)))
-    images, ids = batch(clip, pairs)
+    single = clip.copy(); single.model.float()
+    close(embeddings(prune(single, spec), *batch(single, pairs)), embeddings(masked(single, spec), *batch(single, pairs)))
+    images, ids = batch(clip, pairs)                # a step multiplies rounding, so the rest is in double precision
     before = embeddings(clip, images, ids)
     small, same_size = prune(clip, spec), masked(clip, spec)
     close(embeddings(small, images, ids), embeddings(same_size, images, ids))
     close(embeddings(small, images, ids), (small.model.encode_image(images), small.model.encode_text(ids)))   # and open_clip's own forward runs on it
-    assert {k: v for k, v in cost(small).items()} == spec_cost(clip, spec)
+    assert cost(small) == spec_cost(clip, spec)
     for c in (small, same_size): learn(c, images, ids)
     cut = prune(as_weights(same_size), spec)
     for (n, p), g in zip(small.model.named_parameters(), cut.model.parameters()):
         got = torch.zeros_like(p) if p.grad is None else p.grad
-        assert (got - g).abs().max() <= 1e-5*max(1, g.abs().max()) if g.numel() else True, n
+        assert (got - g).abs().max() <= 1e-9*max(1, g.abs().max()) if g.numel() else True, n
     with torch.no_grad():
         for c in (small, same_size):
             for p in c.model.parameters(): p -= .05*(0 if p.grad is None else p.grad)
