@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from .blocks import check_width
 from .clip import Clip, prune, shape_of, weights_hash, whole_spec
 from .spec import TOWERS
-from .data import progress, write_atomic
+from .data import progress, prompts_of, write_atomic
 from .engine import Inputs, advance, autocast, layer_macs, one_layer, tokens_of
-from .evaluate import encode, images_of, owners, ranks, suite_of, tower_macs
+from .evaluate import encode, images_of, owners, ranks, tower_macs
 
 # %% ../nbs/03_metrics.ipynb #6110f27f
 def _hits(tr, ir, owner, trs: tuple, irs: tuple) -> torch.Tensor:
@@ -131,7 +131,7 @@ class Scored:
     def __init__(self, clip: Clip, pairs, z='mean_recall', batch: int=128, precision: str='fp32'):
         self.clip, self.z, self.labelled = clip, z, 'label' in pairs.column_names
         if self.labelled != (z == 'zero_shot'): raise ValueError(f"z={z!r} needs {'labelled images (load_labelled)' if z == 'zero_shot' else 'image-text pairs (load_pairs)'}.")
-        self.suite = suite_of(pairs) if self.labelled else None
+        self.suite = prompts_of(pairs) if self.labelled else None
         captions = [[t.format(c) for t in self.suite.templates] for c in self.suite.classes] if self.labelled else list(pairs['captions'])
         flat = [c for cs in captions for c in cs]
         distinct = {c: i for i, c in enumerate(dict.fromkeys(flat))}              # equal captions are encoded once
