@@ -90,7 +90,7 @@ def wrap(
     if not shard: return nn.parallel.DistributedDataParallel(forward, broadcast_buffers=False)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    how = dict(mesh=init_device_mesh(world.device.type, (dist.get_world_size(),)), ignored_params={p for p in clip.model.parameters() if not p.ndim})
+    how = dict(mesh=init_device_mesh(world.device.type, (dist.get_world_size(),)), ignored_params={p for p in clip.model.parameters() if not p.ndim or not p.numel()})
     for t in TOWERS:
         for block in clip.tower(t).blocks: fully_shard(block, **how)
     return fully_shard(forward, **how)
@@ -140,6 +140,7 @@ def set_state(
     world: World,
 ):
     "Give each process its part of a state"
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world.size > 1)
-    set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=moments, options=options)
+    set_model_state_dict(model, weights, options=options)                 # two calls: the joint one skips the model where its dict is empty
+    if optimizers: set_optimizer_state_dict(model, optimizers, moments, options=options)
