@@ -79,6 +79,7 @@ def _check(r: Recipe):
     for right, sentence in rules:
         if not right: raise ValueError(sentence)
 
+# %% ../nbs/05e_loop.ipynb #c2cdf8c2
 MACHINERY = 'micro', 'checkpoint_activations', 'shard', 'workers', 'diverged'
 
 def settings_that_matter(recipe: Recipe) -> dict:
@@ -98,6 +99,7 @@ def optimizers(clip: Clip, recipe: Recipe) -> list:
     if recipe.optimizer == 'adamw': return [adamw]
     return [torch.optim.Muon(blocks, lr=recipe.lr, weight_decay=recipe.weight_decay, adjust_lr_fn='match_rms_adamw'), adamw]
 
+# %% ../nbs/05e_loop.ipynb #b5058417
 def set_lr(optimizers: list, lr: float):
     "The learning rate of this step; beside Muon, AdamW takes half of it"
     for k, o in enumerate(optimizers):
@@ -161,6 +163,7 @@ def set_random_state(state: dict):
     "Go on drawing where `random_state` was taken"
     random.setstate(state['python']); np.random.set_state(state['numpy']); torch.set_rng_state(state['torch'])
 
+# %% ../nbs/05e_loop.ipynb #6ec5c24a
 def write_checkpoint(folder: Path, key: str, state: dict, keep: int=2) -> Path:
     "Write the state of a step into place when it is whole, and drop all but the last `keep`"
     path = Path(folder)/f"{key}-{state['step']:09d}.pt"
@@ -168,6 +171,7 @@ def write_checkpoint(folder: Path, key: str, state: dict, keep: int=2) -> Path:
     for old in sorted(path.parent.glob(f'{key}-*.pt'))[:-keep]: old.unlink(missing_ok=True)
     return path
 
+# %% ../nbs/05e_loop.ipynb #6acbb24a
 def read_checkpoint(folder: Path, key: str, log=print) -> tuple:
     "State and path of the newest checkpoint of a run that is whole, or `(None, None)`"
     for path in sorted(Path(folder).glob(f'{key}-*.pt'), reverse=True):
@@ -262,6 +266,7 @@ def advance(run: Run, feed) -> dict:
     if run.guard.see(total): raise FloatingPointError(f'The loss has diverged at step {run.step}, its running mean {run.guard.mean:.3g} being above {r.diverged:g} times its best of {run.guard.best:.3g} for {run.guard.patience} steps: lower the learning rate or lengthen the warm-up; {last}.')
     return dict(loss=total, **dict(zip(losses, values)))
 
+# %% ../nbs/05e_loop.ipynb #3eb8d7f7
 def update(run: Run):
     "Change the weights by the gradients"
     set_lr(run.optimizers, run.recipe.lr_at(run.step, run.steps))
@@ -281,6 +286,7 @@ def save_run(run: Run, here: dict):
                                                                               guard=asdict(run.guard), history=run.history, recipe=json.dumps(asdict(run.recipe))))
     run.saved = run.world.share(run.saved)
 
+# %% ../nbs/05e_loop.ipynb #6c8b36fd
 def load_run(run: Run):
     "Go on from the newest whole checkpoint, where there is one"
     state, path = read_checkpoint(run.folder, run.key, run.log) if run.world.main else (None, None)
@@ -296,6 +302,7 @@ def load_run(run: Run):
     if run.world.rank < len(state['random']): set_random_state(state['random'][run.world.rank])
     run.log(f'resumed at step {run.step} of {run.steps}')
 
+# %% ../nbs/05e_loop.ipynb #16494272
 def result(run: Run):
     "Put the weights that count into the model that was passed"
     run.ema.swap()
@@ -310,7 +317,7 @@ def watch(run: Run, validation) -> dict:
         run.clip.model.eval(); recall = retrieval(run.clip, validation)['mean_recall']; run.work.model.train()
     return dict(mean_recall=recall)
 
-# %% ../nbs/05e_loop.ipynb #6c8b36fd
+# %% ../nbs/05e_loop.ipynb #b475ddf3
 def fit(
     clip: Clip,            # changed in place
     pairs,                 # a data set or a stream of pairs
@@ -351,6 +358,7 @@ def fit(
     clip.history = run.world.share(run.history)
     return clip
 
+# %% ../nbs/05e_loop.ipynb #b0a6e2dc
 def _line(row: dict, run: Run, seconds: float) -> str:
     "A point of the curve in words; `seconds` a step"
     recall = f"  recall {row['mean_recall']:.1f}" if 'mean_recall' in row else ''

@@ -105,6 +105,7 @@ def own_slice(x: torch.Tensor) -> torch.Tensor:
     "This process's slice of a sharded tensor, on the same storage; others as they are"
     return x.to_local() if hasattr(x, 'to_local') else x
 
+# %% ../nbs/05c_parallel.ipynb #21080d4e
 def clip_gradients(
     params: list,   # of parameters
     largest: float, # norm
@@ -133,6 +134,7 @@ def get_state(
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
     return get_state_dict(model, optimizers, options=StateDictOptions(full_state_dict=True, cpu_offload=not everywhere))
 
+# %% ../nbs/05c_parallel.ipynb #120f43ef
 def set_state(
     model: nn.Module,
     optimizers: list,

@@ -129,6 +129,7 @@ class Step:
                 torch.autograd.backward(*zip(*roots))
         return {k: v.detach() for k, v in losses.items()}
 
+# %% ../nbs/05b_step.ipynb #021e10a6
 def _grad(x: torch.Tensor) -> torch.Tensor:
     "The gradient of a leaf, zero where no loss asked for it"
     return torch.zeros_like(x) if x.grad is None else x.grad
