@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MACHINERY', 'Recipe', 'settings_that_matter', 'optimizers', 'set_lr', 'Average', 'Guard', 'run_key', 'random_state',
-           'set_random_state', 'write_checkpoint', 'read_checkpoint', 'Screen', 'Run', 'advance', 'update', 'save_run',
-           'load_run', 'result', 'watch', 'fit']
+           'set_random_state', 'write_checkpoint', 'read_checkpoint', 'Screen', 'Run', 'advance', 'update', 'place',
+           'save_run', 'load_run', 'result', 'watch', 'fit']
 
 # %% ../nbs/05e_loop.ipynb #51ab1cf8
 import hashlib, json, math, os, random, time, zipfile
@@ -253,7 +253,7 @@ class Run:
 
 # %% ../nbs/05e_loop.ipynb #b934c606
 def advance(run: Run, feed) -> dict:
-    "Losses and gradients of the next batch, checked; `here` is where the run stood before"
+    "Losses and gradients of the next batch, checked; the weights stay as they are"
     r, world, device = run.recipe, run.world, run.clip.device
     images, ids, places = next(feed)
     if not r.compile: ids = ids[:, :world.largest(int(run.clip.text.lengths(ids).max()))]   # the longest caption of the global batch
@@ -275,15 +275,19 @@ def update(run: Run):
     run.step += 1; run.ema.update(run.step)
 
 # %% ../nbs/05e_loop.ipynb #855daf53
+def place(run: Run) -> dict:
+    "Where this process stands before a batch"
+    return dict(data=run.batches.state(), random=random_state(), guard=asdict(run.guard))
+
 def save_run(run: Run, here: dict):
-    "Write a checkpoint; `here` is the place in the data and the random numbers' state of this process"
+    "Write a checkpoint; `here` is what `place` said before the batch whose loss has shown these weights to be good"
     weights, moments = get_state(run.work.model, run.optimizers)
     averaged = None
     if run.recipe.ema:
         with run.ema.shown(): averaged = {k: v.clone() for k, v in get_state(run.work.model, [])[0].items()}
     places, random_states = run.world.collect(here['data']), run.world.collect(here['random'])
     if run.world.main: run.saved = write_checkpoint(run.folder, run.key, dict(step=run.step, weights=weights, moments=moments, averaged=averaged, data=places, random=random_states,
-                                                                              guard=asdict(run.guard), history=run.history, recipe=json.dumps(asdict(run.recipe))))
+                                                                              guard=here['guard'], history=run.history, recipe=json.dumps(asdict(run.recipe))))
     run.saved = run.world.share(run.saved)
 
 # %% ../nbs/05e_loop.ipynb #6c8b36fd
@@ -297,7 +301,7 @@ def load_run(run: Run):
         set_state(run.work.model, [], tensors['averaged'], {}, run.world)
         for k, p in zip(run.ema.kept, run.ema.params): k.copy_(p)
     set_state(run.work.model, run.optimizers, tensors['weights'], tensors['moments'], run.world)
-    run.step, run.history, run.guard = state['step'], state['history'], Guard(**state['guard'])
+    run.step, run.history, run.guard = state['step'], state['history'], Guard(**{**state['guard'], 'factor': run.recipe.diverged})
     run.batches.load(state['data'])
     if run.world.rank < len(state['random']): set_random_state(state['random'][run.world.rank])
     run.log(f'resumed at step {run.step} of {run.steps}')
@@ -338,7 +342,7 @@ def fit(
     t0 = saved = time.time(); c0, feed, screen = time.process_time(), iter(run.batches), Screen(range(start, run.steps), run.world.main)
     try:
         for step in screen:
-            here = dict(data=run.batches.state(), random=random_state())
+            here = place(run)
             losses = advance(run, feed)
             due = run.folder and step > start and (step % checkpoint_every == 0 or run.world.largest(int(run.world.main and time.time() - saved > checkpoint_seconds)))
             if due and not run.guard.bad: save_run(run, here); saved = time.time()    # these weights have just given a good loss
@@ -352,7 +356,7 @@ def fit(
         if run.step > start:
             bad = [n for n, p in run.work.model.named_parameters() if not own_slice(p).isfinite().all()]
             if bad: raise FloatingPointError(f'The last step left {bad[0]} without a finite value: lower the learning rate; the last good checkpoint is {run.saved}.')
-            if run.folder: save_run(run, dict(data=run.batches.state(), random=random_state()))
+            if run.folder: save_run(run, place(run))
         result(run)
     finally: feed.close(); run.close()
     clip.history = run.world.share(run.history)
