@@ -11,7 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss, gather_features
 
-from .clip import TOWERS, Clip
+from .clip import Clip
+from .spec import TOWERS
 
 # %% ../nbs/05a_losses.ipynb #26f41852
 class SimLoss(nn.Module):

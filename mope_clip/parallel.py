@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from .clip import TOWERS, Clip
+from .clip import Clip
+from .spec import TOWERS
 
 # %% ../nbs/05c_parallel.ipynb #e534e4f9
 @dataclass(frozen=True)
