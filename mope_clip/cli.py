@@ -17,6 +17,7 @@ from .distill import STAGES, distill, teacher_for
 from .evaluate import cost, latency, retrieval, zero_shot
 from .export import export_onnx, to_hf, to_open_clip
 from .metrics import METRICS, MODULES, score_by
+from .parallel import processes
 from .pruners import BUDGETS, plan, say_cost
 from .report import repo_root, report, run_notebook, write_index, write_readme
 from .spec import TOWERS, read_spec
@@ -111,7 +112,8 @@ def _distill(a) -> str:
     student, teacher = load_clip(a.model, a.pretrained, a.device), teacher_for(a.task, a.teacher or '', a.teacher_pretrained or '')
     pairs = stream_pairs(a.task, a.split, root=a.data_root)
     settings = {k: v for k in ('pairs_seen', 'batch', 'lr', 'seed') if (v := getattr(a, k)) is not None}
-    distill(student, teacher, pairs, a.stage, folder=f'{a.out}-run', every=a.every, **settings).save(a.out)
+    student = distill(student, teacher, pairs, a.stage, folder=f'{a.out}-run', every=a.every, **settings)
+    if processes(student.device).main: student.save(a.out)                # under torchrun, one process writes
     return f'model:   {a.out}'
 
 # %% ../nbs/07_cli.ipynb #ea19c81d

@@ -15,7 +15,7 @@ from .corpora import KARPATHY, WANT, about, load_folder, load_hf, load_karpathy,
 from .files import as_dataset, cache_dir, data_dir, digest, png, progress, write_atomic
 from .openmoji import concepts, draw, facts_of, sprites, sprites_sha
 from .scenes import N_DEFAULT, SPLITS, TASKS, Scene, Suite, load_scenes, scene, suites
-from .streams import IMG2DATASET, Indexed, Loader, Shards, Stream, hf_source, scene_source, shards_of
+from .streams import IMG2DATASET, Indexed, Shards, Stream, hf_source, scene_source, shards_of
 
 # %% ../nbs/00_data.ipynb #9d063b7a
 def _place(task: str, split: str, names) -> bool:

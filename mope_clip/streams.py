@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IMG2DATASET', 'shards_of', 'read_tar', 'as_pair', 'ahead', 'permutation', 'Indexed', 'Shards', 'Stream', 'BrokenData',
-           'hf_source', 'scene_source', 'choose', 'as_stream', 'Loader']
+           'hf_source', 'scene_source']
 
 # %% ../nbs/00e_streams.ipynb #2b1649f7
-import io, itertools, json, os, random, re, tarfile
+import io, itertools, json, os, re, tarfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -278,47 +278,3 @@ def scene_source(
         s = scene(task, split, i)
         return dict(image=s.image, captions=s.captions, image_id=f'{task}/{split}/{i}')
     return Indexed(get, start=start)
-
-# %% ../nbs/00e_streams.ipynb #64d24e06
-def choose(
-    captions: list,
-    seed: int,
-    position: int, # of the pair in the run
-) -> str:
-    "One caption of a picture, decided by the seed and the position in the run"
-    return captions[random.Random(seed*1_000_003 + position).randrange(len(captions))]
-
-def as_stream(
-    pairs,         # a `Stream`, a `datasets.Dataset` or a `datasets.IterableDataset` with columns image, captions, image_id
-    seed: int=0, rank: int=None, world: int=None, lanes: int=None, # of what is not a `Stream` yet
-) -> Stream:
-    "Pairs of any kind as a stream"
-    if isinstance(pairs, Stream): return pairs
-    source = Indexed(pairs.__getitem__, len(pairs)) if hasattr(pairs, '__len__') else hf_source(pairs, {c: c for c in ('image', 'captions', 'image_id')})
-    return Stream(source, 'data set', seed, rank, world, lanes)
-
-# %% ../nbs/00e_streams.ipynb #3b631768
-class Loader:
-    "Endless batches of (images, token ids) from a data set or a stream; pictures are decoded and preprocessed by threads"
-    def __init__(self,
-        pairs,           # as in `as_stream`
-        preprocess,      # picture -> tensor
-        tokenizer,       # list of str -> token ids
-        batch: int,      # pairs of this process
-        seed: int=0,     # of the order of a data set, and of the choice of captions
-        workers: int=0,  # threads; 0: none
-        rank: int=None, world: int=None, lanes: int=None, # of a data set; a stream has its own
-    ):
-        self.stream = as_stream(pairs, seed, rank, world, lanes)
-        self.stream.workers, self.stream.work = workers, lambda pair: (preprocess(pair['image']), pair['captions'])
-        self.tokenizer, self.batch, self.seed = tokenizer, batch, seed
-
-    def state_dict(self) -> dict: return self.stream.state_dict()
-    def load_state_dict(self, state): self.stream.load_state_dict(state)
-
-    def __iter__(self):
-        pairs, s = iter(self.stream), self.stream
-        while rows := list(itertools.islice(pairs, self.batch)):
-            start = s.now['rows'] - len(rows)*s.world + s.rank               # position of the first pair in the whole run
-            texts = [choose(captions, self.seed, start + k*s.world) for k, (_, captions) in enumerate(rows)]
-            yield torch.stack([image for image, _ in rows]), self.tokenizer(texts)
