@@ -20,7 +20,7 @@ def take(
     pick: torch.Tensor, # (b,) a token of each row
 ) -> torch.Tensor:      # (b, 1, d)
     "One token of each row"
-    return x[torch.arange(len(x), device=x.device), pick][:, None]
+    return x[torch.arange(x.shape[0], device=x.device), pick][:, None]   # shape[0], since len() would fix the batch of an exported graph
 
 # %% ../nbs/01b_blocks.ipynb #8c9d68e5
 def empty_linear(
@@ -66,9 +66,9 @@ class SlimAttention(nn.Module):
         if self.head_scale is not None: x = x*self.head_scale
         return self.ln_inner(x.transpose(1, 2).reshape(b, -1, self.num_heads*self.head_dim))
 
-    def forward(self, x, attn_mask=None):
-        if not self.num_heads: return self.out_proj.bias.expand_as(x)
-        return self.out_proj(self.heads_out(x, attn_mask))
+    def forward(self, x, attn_mask=None, pick=None):
+        if not self.num_heads: return self.out_proj.bias.expand_as(x if pick is None else x[:, :1])
+        return self.out_proj(self.heads_out(x, attn_mask, pick))
 
 # %% ../nbs/01b_blocks.ipynb #660a507a
 class Block(nn.Module):
@@ -80,11 +80,16 @@ class Block(nn.Module):
         self.ln_2, self.mlp, self.ls_2 = base.ln_2, base.mlp, base.ls_2
 
     def get_weight_dtype(self): return self.mlp.c_fc.weight.dtype
-    def attention(self, x, attn_mask=None): return self.ls_1(self.ln_attn(self.attn(self.ln_1(x), attn_mask)))
+    def attention(self, x, attn_mask=None, pick=None): return self.ls_1(self.ln_attn(self.attn(self.ln_1(x), attn_mask, pick)))
     def ffn(self, x): return self.ls_2(self.mlp(self.ln_2(x)))
 
     def forward(self, x, k_x=None, v_x=None, attn_mask=None): # the places of keys and values are open_clip's: checkpointing passes all four by position
         x = x + self.attention(x, attn_mask)
+        return x + self.ffn(x)
+
+    def pooled(self, x, attn_mask, pick):
+        "The output (b, 1, d) for the one token `pick` (b,) of each row"
+        x = take(x, pick) + self.attention(x, attn_mask, pick)
         return x + self.ffn(x)
 
 # %% ../nbs/01b_blocks.ipynb #4cd55bbe
@@ -181,8 +186,8 @@ class Tower(nn.Module):
     def picked(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor: # block input (b, n, d), token ids for text
         "The index (b,) of the one token that is pooled, or None where all are"
         n = self.net
-        if self.name == 'vision' or self.pool_type == 'first': at = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        elif self.pool_type == 'last': at = torch.full((len(x),), x.shape[1] - 1, device=x.device)
+        if self.name == 'vision' or self.pool_type == 'first': at = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
+        elif self.pool_type == 'last': at = torch.full((x.shape[0],), x.shape[1] - 1, device=x.device)
         elif self.pool_type == 'argmax': at = ids.argmax(1)
         else: at = (ids == getattr(n, 'eos_id', getattr(n, 'text_eos_id', None))).int().argmax(1)
         return at if self.name == 'text' or self.pool_type == 'tok' else None
@@ -209,8 +214,11 @@ class Tower(nn.Module):
         "The embedding (b, e); with `hidden` also the list of block outputs, each (b, n, d)"
         ids, outs = x, []
         x, mask = self.embed(x)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, attn_mask=mask)
             if hidden: outs.append(x)
+        last, pick = self.blocks[-1], None if hidden else self.picked(x, ids)
+        x = last(x, attn_mask=mask) if pick is None or not isinstance(last, Block) else last.pooled(x, mask, pick)
+        if hidden: outs.append(x)
         x = self.pool(x, ids)
         return (x, outs) if hidden else x
