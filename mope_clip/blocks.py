@@ -83,13 +83,9 @@ class Block(nn.Module):
     def attention(self, x, attn_mask=None, pick=None): return self.ls_1(self.ln_attn(self.attn(self.ln_1(x), attn_mask, pick)))
     def ffn(self, x): return self.ls_2(self.mlp(self.ln_2(x)))
 
-    def forward(self, x, k_x=None, v_x=None, attn_mask=None): # the places of keys and values are open_clip's: checkpointing passes all four by position
-        x = x + self.attention(x, attn_mask)
-        return x + self.ffn(x)
-
-    def pooled(self, x, attn_mask, pick):
-        "The output (b, 1, d) for the one token `pick` (b,) of each row"
-        x = take(x, pick) + self.attention(x, attn_mask, pick)
+    def forward(self, x, k_x=None, v_x=None, attn_mask=None, pick=None): # the places of keys and values are open_clip's: checkpointing passes all four by position
+        "The output (b, n, d); with `pick` (b,) of that one token of each row alone, (b, 1, d)"
+        x = (x if pick is None else take(x, pick)) + self.attention(x, attn_mask, pick)
         return x + self.ffn(x)
 
 # %% ../nbs/01b_blocks.ipynb #4cd55bbe
@@ -218,7 +214,7 @@ class Tower(nn.Module):
             x = block(x, attn_mask=mask)
             if hidden: outs.append(x)
         last, pick = self.blocks[-1], None if hidden else self.picked(x, ids)
-        x = last(x, attn_mask=mask) if pick is None or not isinstance(last, Block) else last.pooled(x, mask, pick)
+        x = last(x, attn_mask=mask, **(dict(pick=pick) if isinstance(last, Block) else {}))
         if hidden: outs.append(x)
         x = self.pool(x, ids)
         return (x, outs) if hidden else x

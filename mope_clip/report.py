@@ -58,7 +58,7 @@ def check_parameters(
         near = difflib.get_close_matches(k, kinds, 1)
         raise ValueError(f"Unknown parameter {k!r}{f', did you mean {near[0]!r}' if near else ''}? The parameters are {', '.join(kinds)}.")
     for k, kind in kinds.items():
-        if not _fits(namespace[k], kind): raise ValueError(f'Parameter {k} must be of type {kind.__name__}, not {namespace[k]!r}.')
+        if not _fits(namespace[k], kind): raise ValueError(f'Parameter {k} must be of type {kind.__name__}{" (True or False)" if kind is bool else ""}, not {namespace[k]!r}.')
     return {k: namespace[k] for k in kinds}
 
 # %% ../nbs/06_report.ipynb #98c0f492

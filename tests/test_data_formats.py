@@ -81,7 +81,7 @@ def test_the_hub_and_the_files_give_the_same_coco(corpora, split):
 @pytest.mark.parametrize('task, source', [('coco', 'files'), ('flickr30k', 'files'), ('flickr30k', 'hub')])
 def test_main_job_from_real_formats(task, source, corpora, model, tmp_path):
     where = dict(data_root=corpora/task) if source == 'files' else dict(data_root=corpora/f'{task}-hub', data_columns=json.dumps(COLUMNS[task]))
-    first = dict(finetuned='false', pairs_teacher=16) if source == 'hub' or task == 'coco' else {}             # with and without a fine-tuning of the teacher
+    first = dict(finetuned='False', pairs_teacher=16) if source == 'hub' or task == 'coco' else {}             # with and without a fine-tuning of the teacher
     parameters = dict(task=task, model=model, out_dir=tmp_path/'run', **where, **SMALL, **first)
     r = run(sys.executable, '-m', 'papermill', ROOT/'nbs'/'20_finetune.ipynb', tmp_path/'out.ipynb', *[x for k, v in parameters.items() for x in ('-p', k, v)], cwd=tmp_path, HF_DATASETS_CACHE=str(tmp_path/'cache'))
     assert r.returncode == 0, r.stderr[-3000:]
