@@ -8,7 +8,7 @@ __all__ = ['PREPROCESS', 'OPEN_CLIP_WEIGHTS', 'FILES', 'FORMAT', 'Clip', 'shape_
            'tiny_clip']
 
 # %% ../nbs/01_clip.ipynb #fa6cd3f4
-import ctypes, hashlib, json, os, shutil, tempfile
+import hashlib, json, os, tempfile
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +22,7 @@ from open_clip.pretrained import get_pretrained_cfg
 from .blocks import Block, Tower, slim
 from .convert import check_weights, from_hf, from_tinyclip, layout, load_strict, preprocess_from_hf, read_weights
 from .data import synth_pairs
+from .files import first_line, write_folder
 from .spec import TOWERS, PruneSpec, compose, full_spec
 
 # %% ../nbs/01_clip.ipynb #fd383d99
@@ -184,7 +185,7 @@ def _load_named(name: str, pretrained: str, device: str) -> Clip:
     config, tokenizer = _named_config(name, pretrained), open_clip.get_tokenizer(name)
     if get_pretrained_cfg(name, pretrained):
         try: model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained, device=device, force_quick_gelu=config['model_cfg'].get('quick_gelu', False))
-        except (RuntimeError, OSError) as e: raise FileNotFoundError(f'The weights {pretrained} of {name} could not be had ({str(e).splitlines()[0]}): without a network, pass pretrained= a file.') from e
+        except (RuntimeError, OSError) as e: raise FileNotFoundError(f'The weights {pretrained} of {name} could not be had ({first_line(e)}): without a network, pass pretrained= a file.') from e
         return Clip(model.eval(), preprocess, tokenizer, config)
     if not Path(pretrained).expanduser().is_file():
         raise FileNotFoundError(f'{pretrained!r} is neither a file nor a tag of {name}; its tags are {", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"}.')
@@ -267,32 +268,9 @@ def from_hub(
     try:
         folder = get(*FILES)
         return folder if list(folder.glob('*.safetensors')) else get(*FILES, '*.bin')   # older models; read as tensors only
-    except (HTTPError, OSError) as e:
-        why = str(e).strip().splitlines()
-        raise FileNotFoundError(f'{repo_id} is no folder and was not found on the hub ({type(e).__name__}{": " + why[0].rstrip(".:") if why else ""}): check the name, the revision, the token and the network.') from e
+    except (HTTPError, OSError) as e: raise FileNotFoundError(f'{repo_id} is no folder and was not found on the hub ({first_line(e)}): check the name, the revision, the token and the network.') from e
 
 # %% ../nbs/01_clip.ipynb #294c4a7d
-def _exchange(a: Path, b: Path) -> bool:
-    "Swap two folders in one move; False where the system cannot (it can on Linux)"
-    try: return ctypes.CDLL(None).renameat2(-100, os.fsencode(a), -100, os.fsencode(b), 2) == 0    # AT_FDCWD, RENAME_EXCHANGE
-    except (AttributeError, OSError): return False
-
-def _write_folder(
-    folder: Path, # final place
-    write,        # called with the path of a new, empty folder
-):
-    "Fill a new folder beside `folder` and move it there when it is whole: a killed writer leaves the old folder or the new one"
-    folder = Path(folder).expanduser().absolute(); folder.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}-'))
-    try:
-        write(tmp); tmp.chmod(0o755); [p.chmod(0o644) for p in tmp.rglob('*') if p.is_file()]
-        if not folder.exists(): os.replace(tmp, folder)
-        elif not _exchange(tmp, folder):                                   # two moves: killed between them, the old folder stands aside
-            old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}-old-'))
-            os.replace(folder, old/'old'); os.replace(tmp, folder); shutil.rmtree(old)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
-
-# %% ../nbs/01_clip.ipynb #4bbed09f
 def save_open_clip(
     clip: Clip,                        # dense
     folder: Path,
@@ -305,9 +283,9 @@ def save_open_clip(
         save_file({k: v.to(dtype).contiguous() if v.is_floating_point() else v.contiguous() for k, v in clip.model.state_dict().items()}, tmp/OPEN_CLIP_WEIGHTS[0])
         (tmp/'open_clip_config.json').write_text(json.dumps({k: clip.config[k] for k in ('model_cfg', 'preprocess_cfg')}, indent=2))
         if hasattr(clip.tokenizer, 'save_pretrained'): clip.tokenizer.save_pretrained(str(tmp))
-    _write_folder(folder, write)
+    write_folder(folder, write)
 
-# %% ../nbs/01_clip.ipynb #42544d0e
+# %% ../nbs/01_clip.ipynb #2a1f02aa
 FORMAT = 1
 
 def _save(self: Clip, folder: Path):
@@ -319,7 +297,7 @@ def _save(self: Clip, folder: Path):
         (tmp/'config.json').write_text(json.dumps(config, indent=1))
         (tmp/'README.md').write_text(f'---\nlibrary_name: mope_clip\n---\nA CLIP model pruned with mope_clip.\n\n    from mope_clip.clip import load_clip\n    clip = load_clip("this folder")\n\n{self!r}\n')
         if hasattr(self.tokenizer, 'save_pretrained'): self.tokenizer.save_pretrained(str(tmp))
-    _write_folder(folder, write)
+    write_folder(folder, write)
 
 Clip.save = _save
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .files import as_dataset, data_dir, progress
+from .files import as_dataset, data_dir, first_line, progress
 
 # %% ../nbs/00d_corpora.ipynb #4afd05c8
 def about(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .data import write_atomic
+from .files import write_atomic
 
 # %% ../nbs/01a_spec.ipynb #8fa96970
 TOWERS = 'vision', 'text'
