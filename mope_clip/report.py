@@ -19,7 +19,7 @@ import torch
 from .clip import Clip
 from .spec import TOWERS
 from .data import data_dir, write_atomic
-from .evaluate import cost, encode, encode_captions, images_of, latency, owners, recalls, ranks
+from .evaluate import cost, encode, encode_captions, encode_images, latency, owners, recalls, ranks
 from .metrics import ZS, contributions
 
 # %% ../nbs/06_report.ipynb #8fea2ee7
@@ -158,7 +158,7 @@ def measure(
 ) -> pd.DataFrame: # rows of the six recalls and their mean: value and se, per cent
     "Recalls of a model with standard errors over images"
     captions = list(pairs['captions'])
-    im, tx = encode(clip, 'vision', images_of(clip, pairs['image'])), encode_captions(clip, captions)
+    im, tx = encode_images(clip, pairs['image']), encode_captions(clip, captions)
     tr, ir = ranks(im, tx, own := owners(captions))
     exact, rows = recalls(tr, ir), []
     for z in (*list(ZS)[1:], 'mean_recall'):
@@ -270,7 +270,7 @@ def plot_retrieved(
     "What each model retrieves for a caption: the first k pictures, the right one framed"
     import matplotlib.pyplot as plt
     theme()
-    images = {n: encode(c, 'vision', images_of(c, pairs['image'])) for n, c in models.items()}
+    images = {n: encode_images(c, pairs['image']) for n, c in models.items()}
     fig, axes = plt.subplots(len(queries), len(models)*k + 1, figsize=(1.15*(len(models)*k + 1), 1.45*len(queries)), squeeze=False)
     for row, (i, j) in zip(axes, queries):
         caption = pairs[i]['captions'][j]

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .clip import Clip, weights_hash
 from .data import write_atomic
-from .evaluate import encode, encode_captions, images_of
+from .evaluate import encode_captions, encode_images
 from .losses import MopeLoss
 from .parallel import synced
 
@@ -71,8 +71,7 @@ class Remembered:
         self.path = Path(folder)/f'teacher-{key}.safetensors'
         if not self.path.is_file():
             log(f'The teacher embeds {len(captions)} pictures and their captions once, for {self.path}.')
-            image = torch.cat([encode(teacher, 'vision', images_of(teacher, pairs[i:i + batch]['image']), batch) for i in range(0, len(pairs), batch)])
-            made = save(dict(image=image, text=encode_captions(teacher, captions, batch)))
+            made = save(dict(image=encode_images(teacher, pairs['image'], batch), text=encode_captions(teacher, captions, batch)))
             write_atomic(self.path, lambda f: f.write(made))
         self.kept, self.scale = load_file(self.path), teacher.logit_scale.detach().exp()
         self.first = torch.tensor([0, *itertools.accumulate(map(len, captions))])   # where each picture's captions begin
