@@ -357,6 +357,7 @@ def fit(
             bad = [n for n, p in run.work.model.named_parameters() if not own_slice(p).isfinite().all()]
             if bad: raise FloatingPointError(f'The last step left {bad[0]} without a finite value: lower the learning rate; the last good checkpoint is {run.saved}.')
             if run.folder: save_run(run, place(run))
+        if getattr(pairs, 'broken', None): run.log(pairs.summary())          # of this process's share of a stream
         result(run)
     finally: feed.close(); run.close()
     clip.history = run.world.share(run.history)

@@ -7,7 +7,7 @@ __all__ = ['IMG2DATASET', 'shards_of', 'read_tar', 'as_pair', 'ahead', 'permutat
            'hf_source', 'scene_source']
 
 # %% ../nbs/00e_streams.ipynb #2b1649f7
-import io, itertools, json, os, re, tarfile
+import io, itertools, os, re, tarfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -193,6 +193,9 @@ class Stream(torch.utils.data.IterableDataset):
 
     @staticmethod
     def _copy(state): return dict(rows=state['rows'], lanes={l: list(p) for l, p in state['lanes'].items()}, broken=list(state['broken']))
+
+    @property
+    def broken(self) -> list: return self.now['broken']   # the first ten broken samples, each with its reason
 
     def summary(self) -> str:
         "What was met so far, in one line"

@@ -134,6 +134,7 @@ def test_killed_run_on_shards_ends_at_the_same_weights(tmp_path):
     victim.wait()
     resumed = start('b', 0).communicate(timeout=300)[0]
     assert 'resumed at step 50 of 150' in resumed
+    assert all(re.search(r'broken and passed over: .*000000009', said) for said in (straight, resumed))   # whoever trains is told which
     assert re.search('HASH .*', resumed)[0] == re.search('HASH .*', straight)[0]
 
 
