@@ -305,13 +305,13 @@ Clip.save = _save
 def _load_saved(folder: Path, config: dict, device: str) -> Clip:
     "A folder saved by `Clip.save`: the base shape with random weights, pruned, then the saved weights, strictly"
     if (found := config.get('format')) != FORMAT: raise ValueError(f'{folder} has format {found}, this version reads {FORMAT}: upgrade mope_clip.')
-    if missing := {'model_cfg', 'spec'} - set(config): raise ValueError(f'{folder}/config.json lacks {sorted(missing)}: the file was cut or edited, save the model again.')
+    if missing := {'model_cfg', 'spec', 'weights'} - set(config): raise ValueError(f'{folder}/config.json lacks {sorted(missing)}: the file was cut or edited, save the model again.')
     if not (folder/'model.safetensors').is_file(): raise FileNotFoundError(f'{folder} has no model.safetensors: the folder is incomplete.')
     clip = prune(build_clip({k: v for k, v in config.items() if k not in ('format', 'library', 'spec', 'weights')}, _tokenizer(folder, config)), PruneSpec(**config['spec']))
     weights = read_weights(folder/'model.safetensors')
     check_weights(weights, {k: v.shape for k, v in clip.model.state_dict().items()}, str(folder))
     clip.model.load_state_dict(weights, strict=True, assign=True)   # with the type that they were saved in
-    if config.get('weights') and weights_hash(clip) != config['weights']: raise ValueError(f'The weights in {folder} are not those that were saved (their hash differs): the file is damaged or was replaced, copy the folder again.')
+    if weights_hash(clip) != config['weights']: raise ValueError(f'The weights in {folder} are not those that were saved (their hash differs): the file is damaged or was replaced, copy the folder again.')
     clip.model.to(device).eval()
     return clip
 

@@ -8,13 +8,10 @@ __all__ = ['STAGES', 'FINETUNE', 'train', 'distill', 'embedded_teacher', 'task_s
 # %% ../nbs/05_distill.ipynb #81cea0f6
 from pathlib import Path
 
-from .batches import Batches
 from .clip import Clip, load_clip, save_open_clip
 from .data import TASKS, cache_dir, data_dir, stream_pairs
 from .loop import Recipe, fit
-from .losses import FeatLoss, HiddenLoss, MopeLoss, SimLoss
 from .parallel import processes
-from .step import Forward
 
 # %% ../nbs/05_distill.ipynb #7ba5b758
 def train(

@@ -6,7 +6,6 @@
 __all__ = ['SimLoss', 'FeatLoss', 'HiddenLoss', 'matched_layers', 'MopeLoss']
 
 # %% ../nbs/05a_losses.ipynb #6566993f
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss, gather_features

@@ -14,7 +14,7 @@ from .data import progress
 from .evaluate import cost, encode, latency as measured, spec_cost
 from .metrics import Scored, _row, check_scoring, mope
 from .resolution import keep_count
-from .spec import TOWERS, PruneSpec, both, compare, draw, relative
+from .spec import TOWERS, PruneSpec, both, relative
 
 # %% ../nbs/04_pruners.ipynb #2b10582e
 def _ordered(rows: pd.DataFrame) -> pd.DataFrame:
