@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CREDIT', 'repo_root', 'run_dir', 'check_parameters', 'check_choice', 'check_positive', 'code_hash', 'provenance',
-           'fingerprint', 'measure', 'Results', 'theme', 'save_figure', 'plot_scores', 'plot_scores_with_errors',
-           'plot_curve', 'plot_retrieved', 'size_table', 'run_notebook', 'report', 'write_index', 'headline',
-           'write_readme']
+           'fingerprint', 'measure', 'Results', 'theme', 'save_table', 'save_figure', 'plot_scores',
+           'plot_scores_with_errors', 'plot_curve', 'plot_retrieved', 'size_table', 'run_notebook', 'report',
+           'write_index', 'headline', 'write_readme']
 
 # %% ../nbs/06_report.ipynb #a70dd918
 import ast, difflib, hashlib, json, os, platform, re, resource, shutil, subprocess, sys, tempfile, time
@@ -87,7 +87,7 @@ def _bare(source: str) -> ast.Module:
 
 def _imports(tree: ast.AST) -> dict:
     "What a source imports from this library: local name -> (module, name)"
-    return {a.asname or a.name: (n.module.removeprefix('mope_clip.'), a.name) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and str(n.module).startswith('mope_clip.') for a in n.names}
+    return {a.asname or a.name: (n.module.removeprefix('mope_clip.'), a.name) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.level == 1 or str(n.module).startswith('mope_clip.')) for a in n.names}
 
 def _definitions(tree: ast.Module) -> dict:
     "Name -> the statements at the top of a module that define or extend it"
@@ -184,6 +184,15 @@ class Results:
         df = pd.DataFrame(self.rows)
         return df.pivot_table(index=by, columns='metric', values='value', sort=False)[[*list(ZS)[1:], 'mean_recall']]
 
+    def claim(self, id: str, holds: bool, value: float, rule: str, text: str, low: float=None, high: float=None):
+        "Keep a verdict on a rule that was fixed before the run; `holds` None: not tested. `low` and `high` bound the value where it has an interval"
+        value, low, high = (None if v is None else float(v) for v in (value, low, high))
+        self.claims.append(dict(id=id, verdict={True: 'holds at this scale', False: 'does not hold', None: 'not tested'}[None if holds is None else bool(holds)], value=value, low=low, high=high, rule=rule, text=text))
+
+    def verdicts(self) -> str:
+        "The claims as a Markdown list"
+        return '\n'.join(f"- **{c['verdict']}**: {c['text']}. Rule: {c['rule']}." for c in self.claims)
+
     def write(self, seed: int=0, **data) -> Path:
         "Write `results.json` beside its final place and move it there"
         out = dict(schema=1, name=self.name, scale=self.scale, parameters=self.parameters, rows=self.rows, cost=self.cost, claims=self.claims,
@@ -197,7 +206,23 @@ CREDIT = 'Artwork: OpenMoji (openmoji.org), CC BY-SA 4.0'
 def theme():
     "One seaborn theme for every figure"
     import seaborn as sns
-    sns.set_theme(style='whitegrid', context='notebook', rc={'figure.dpi': 80, 'savefig.dpi': 120, 'figure.constrained_layout.use': True})
+    sns.set_theme(style='whitegrid', context='notebook', rc={'figure.dpi': 80, 'savefig.dpi': 120, 'figure.constrained_layout.use': True, 'svg.hashsalt': 'mope', 'svg.fonttype': 'none'})
+
+def save_table(
+    table: pd.DataFrame,
+    folder: Path,
+    name: str,            # without an ending
+    digits: int=2,        # after the point, in LaTeX
+    index: bool=True,     # whether the rows' names are written
+):
+    "Write a table as CSV with all its digits, and rounded as LaTeX (booktabs)"
+    latex = table.rename_axis(columns=None).map(lambda v: round(v, digits) if isinstance(v, float) else v)
+    if not index: latex = latex.style.hide(axis='index')
+    else: latex = latex.style
+    latex = latex.format(precision=digits, na_rep='', escape='latex').format_index(escape='latex', axis=0).format_index(escape='latex', axis=1)
+    text = latex.to_latex(hrules=True, multirow_align='naive', environment='longtable' if len(table) > 40 else None)
+    write_atomic(Path(folder)/f'{name}.tex', lambda f: f.write(text.encode()))
+    write_atomic(Path(folder)/f'{name}.csv', lambda f: f.write(table.to_csv(index=index).encode()))
 
 def save_figure(
     fig,
@@ -205,10 +230,11 @@ def save_figure(
     name: str,               # without an ending
     data: pd.DataFrame=None, # the numbers that it shows, written as CSV
 ):
-    "Write a figure as PNG, and its numbers as CSV beside it"
-    buf_path = Path(folder)/f'{name}.png'
-    write_atomic(buf_path, lambda f: fig.savefig(f, format='png'))
-    if data is not None: write_atomic(Path(folder)/f'{name}.csv', lambda f: f.write(data.to_csv(index=False).encode()))
+    "Write a figure as PNG and, where it shows numbers, as SVG with the numbers as CSV beside it"
+    write_atomic(Path(folder)/f'{name}.png', lambda f: fig.savefig(f, format='png'))
+    if data is None: return
+    write_atomic(Path(folder)/f'{name}.svg', lambda f: fig.savefig(f, format='svg', metadata=dict(Date=None)))   # no date: the same figure is the same file
+    write_atomic(Path(folder)/f'{name}.csv', lambda f: f.write(data.to_csv(index=False).encode()))
 
 # %% ../nbs/06_report.ipynb #0f04d15e
 def plot_scores(
