@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMG2DATASET', 'shards_of', 'read_tar', 'as_pair', 'ahead', 'permutation', 'Indexed', 'Shards', 'Stream', 'BrokenData',
-           'hf_source', 'scene_source']
+           'hf_source', 'scene_source', 'InTurn']
 
 # %% ../nbs/00e_streams.ipynb #2b1649f7
 import io, itertools, os, re, tarfile
@@ -281,3 +281,16 @@ def scene_source(
         s = scene(task, split, i)
         return dict(image=s.image, captions=s.captions, image_id=f'{task}/{split}/{i}')
     return Indexed(get, start=start)
+
+# %% ../nbs/00e_streams.ipynb #ee60aebb
+class InTurn:
+    "A stream that takes a pair of each of several streams in turn"
+    def __init__(self, streams: list): self.streams, self.turn = streams, 0
+    def __iter__(self):
+        readers = [iter(s) for s in self.streams]
+        while True:
+            k, self.turn = self.turn, (self.turn + 1) % len(readers)
+            yield next(readers[k])
+    def set_epoch(self, epoch: int): self.turn = 0; [s.set_epoch(epoch) for s in self.streams]
+    def state_dict(self) -> dict: return dict(turn=self.turn, streams=[s.state_dict() for s in self.streams])
+    def load_state_dict(self, state: dict): self.turn = state['turn']; [s.load_state_dict(x) for s, x in zip(self.streams, state['streams'])]
