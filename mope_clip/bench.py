@@ -72,7 +72,7 @@ def _scores(self: Bench, clip: Clip, metric: str='mope', seed: int=0, pairs=None
     if not path.is_file():
         t0 = time.time()
         if metric == 'masks': table = learned_masks(clip, self.train_pairs(), seed=seed, **{k: v for k, v in options.items() if k in signature(learned_masks).parameters})
-        else: table = score_by(metric, clip, pairs, seed, store=self.folder/'engine', log=self.log, **options)
+        else: table = score_by(metric, clip, pairs, seed, store=self.folder/'engine', **options)
         table.attrs['mope']['seconds'] = time.time() - t0
         write_atomic(path, lambda f: table.to_parquet(f))
     return pd.read_parquet(path)
@@ -96,9 +96,11 @@ def _recover(
     place = self.folder/'models'/self.key(code, weights_hash(clip), pairs_seen, start, points, self.images_scored, settings)
     done = place.with_suffix('.json')
     if not done.is_file():
-        run = dict(pairs_seen=pairs_seen, folder=place.with_suffix('.run'), validation=self.held_out, every=max(1, pairs_seen//settings['batch']//points), log=self.log, **settings)
+        run = dict(pairs_seen=pairs_seen, folder=place.with_suffix('.run'), validation=self.held_out, every=max(1, pairs_seen//settings['batch']//points), log=lambda line: None, **settings)
         made = train(clip.copy(), self.train_pairs(start), **run) if alone else distill(clip.copy(), self.teacher, self.train_pairs(start), stage=self.stage, **run)
         made.save(place)
+        last = made.history[-1]
+        self.log(f"{'from scratch' if alone else 'recovered'}: {last['pairs']} pairs in {last['seconds']:.0f} s, mean recall {last['mean_recall']:.1f} % on held-out images")
         write_atomic(done, lambda f: f.write(json.dumps(made.history).encode()))
         for p in place.with_suffix('.run').glob('*.pt'): p.unlink()
     out = load_clip(str(place), device=str(self.teacher.device))
