@@ -381,13 +381,13 @@ def report(
     shutil.rmtree(folder, ignore_errors=True); folder.mkdir(parents=True)
     for p in made: shutil.copy(p, folder/p.name)
     for p in (folder/out.name, folder/'results.json'):
-        if p.is_file(): _tidy(p)
+        if p.is_file(): _tidy(p, scale, started)
     if scale == 'full': write_index()
     return folder
 
 # %% ../nbs/06_report.ipynb #8517654f
-def _tidy(path: Path):
-    "Take what is noise in a diff out of a report's file: this machine's paths, and in a notebook papermill's timings and progress bars"
+def _tidy(path: Path, scale: str='full', started: float=None):
+    "Take what is noise in a diff out of a report's file: this machine's paths, and in a notebook papermill's timings and progress bars; results get their scale and the day of their run"
     text = path.read_text().replace(str(repo_root()) + '/', '')
     if path.suffix == '.ipynb':
         nb = json.loads(text)
@@ -396,6 +396,9 @@ def _tidy(path: Path):
             c['metadata'] = {k: v for k, v in c['metadata'].items() if k == 'tags'}
             if c['cell_type'] == 'code': c['outputs'] = [o for o in c['outputs'] if not any('<progress' in ''.join(v) for v in o.get('data', {}).values())]
         text = json.dumps(nb, indent=1, ensure_ascii=False) + '\n'
+    if path.name == 'results.json':
+        r = json.loads(text); r['scale'] = scale; r['provenance']['date'] = time.strftime('%Y-%m-%d', time.gmtime(started))
+        text = json.dumps(r, indent=1) + '\n'
     path.write_text(text)
 
 # %% ../nbs/06_report.ipynb #879827b1
