@@ -1,17 +1,20 @@
-# Two commands: `make finetune` runs the main job, `make test` runs every test. Both set up what they need in .venv/ first.
+# `make finetune` runs the main job, `make test` runs every test, `make reports` makes what is stale or missing in reports/. Each sets up what it needs in .venv/ first.
 PYTHON ?= python3
 TASK ?= openmoji
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: finetune test clean
+.PHONY: finetune test reports clean
 
 finetune: $(STAMP)
 	$(BIN)/python -m mope_clip.cli run 20_finetune -p task $(TASK)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest tests -q
+
+reports: $(STAMP)
+	$(BIN)/python -m mope_clip.cli report --all
 
 # made again when a requirement changes; the stamp is written last, so a killed installation is taken up again
 $(STAMP): settings.ini constraints.txt setup.py

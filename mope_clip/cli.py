@@ -17,6 +17,8 @@ from .distill import STAGES, distill, teacher_for
 from .evaluate import cost, latency, retrieval, zero_shot
 from .export import export_onnx, to_hf, to_open_clip
 from .metrics import METRICS, MODULES, score_by
+from .page import report_all, write_page
+from .page import report_all, write_page
 from .parallel import processes
 from .pruners import BUDGETS, plan, say_cost
 from .report import repo_root, report, run_notebook, write_index, write_readme
@@ -165,10 +167,12 @@ def _parser() -> argparse.ArgumentParser:
     sub = p.add_subparsers(dest='command', required=True)
     for name, text in (('run', 'execute a notebook of nbs/ into runs/'), ('report', 'execute a notebook of nbs/ into reports/')):
         s = sub.add_parser(name, help=text, description=text)
-        s.add_argument('name', help='the notebook without its ending, e.g. 20_finetune')
+        what = s.add_mutually_exclusive_group(required=True) if name == 'report' else s
+        what.add_argument('name', nargs='?' if name == 'report' else None, help='the notebook without its ending, e.g. 20_finetune')
         s.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), help='a parameter of the notebook; may be given many times')
     s.add_argument('--scale', default='full', help="size of the run: 'full' (the defaults), or a section of the notebook's YAML file such as 'smoke' (default: full)")
-    sub.add_parser('index', help='write reports/README.md')
+    what.add_argument('--all', action='store_true', help='every report that is stale or missing, in order; says how long it will take, and goes on where it was stopped')
+    sub.add_parser('index', help='write reports/README.md, reports/index.html, the rendered notebooks and reports/runs.csv')
     s = sub.add_parser('readme', help='write README.md from nbs/index.ipynb')
     s.add_argument('--check', action='store_true', help='change nothing; exit with 1 where the file is out of date')
     for add in (_add_score, _add_prune, _add_distill, _add_evaluate, _add_export): add(sub)
@@ -186,6 +190,17 @@ def _run(name: str, parameters: dict) -> Path:
     return out
 
 # %% ../nbs/07_cli.ipynb #96708991
+def _report(a) -> str:
+    "One report, or all that are stale or missing, and the page over them"
+    if not a.all:
+        folder = report(a.name, a.scale, **{k: _value(v) for k, v in a.p})
+        if a.scale == 'full': write_page()
+        return str(folder)
+    if a.p or a.scale != 'full': raise ValueError('--all makes every report by its defaults: leave out --scale and -p.')
+    if failed := report_all(): raise RuntimeError(f"{len(failed)} failed: {'; '.join(f'{n} ({why})' for n, why in failed.items())}. The same command goes on with what is missing.")
+    return str(repo_root()/'reports'/'index.html')
+
+# %% ../nbs/07_cli.ipynb #2f1d44c4
 def main(
     argv: list=None, # None: of the process
 ) -> int:            # exit code
@@ -193,8 +208,8 @@ def main(
     a = _parser().parse_args(argv)
     try:
         if a.command == 'run': _run(a.name, {k: _value(v) for k, v in a.p})
-        elif a.command == 'report': print(report(a.name, a.scale, **{k: _value(v) for k, v in a.p}))
-        elif a.command == 'index': print(write_index())
+        elif a.command == 'report': print(_report(a))
+        elif a.command == 'index': print(write_index(), write_page(), sep='\n')
         elif a.command == 'readme': print(write_readme(a.check))
         else: print(a.do(a))
     except (ValueError, FileNotFoundError, ImportError, RuntimeError) as e:
