@@ -30,8 +30,9 @@ def test_notebook_is_clean(path):
 
 
 def test_readme_and_report_index_are_generated():
+    from mope_clip.page import write_page
     from mope_clip.report import write_index, write_readme
-    write_readme(check=True); write_index(check=True)
+    write_readme(check=True); write_index(check=True); write_page(check=True)
 
 
 def test_conda_environment_has_the_same_pins():
