@@ -386,6 +386,11 @@ def report(
     return folder
 
 # %% ../nbs/06_report.ipynb #8517654f
+def _is_progress(data: dict) -> bool:
+    "Whether an output is fastprogress's: a bar, its style, the empty place of one that has ended, or its growing plot, which is six by four inches"
+    html = ''.join(data.get('text/html', '-'))
+    return '<progress' in html or 'progress {' in html or not html.strip() or ''.join(data.get('text/plain', '')).startswith('<Figure size 480x320')
+
 def _tidy(path: Path, scale: str='full', started: float=None):
     "Take what is noise in a diff out of a report's file: this machine's paths, and in a notebook papermill's timings and progress bars; results get their scale and the day of their run"
     text = path.read_text().replace(str(repo_root()) + '/', '')
@@ -394,7 +399,7 @@ def _tidy(path: Path, scale: str='full', started: float=None):
         nb['metadata'] = {k: v for k, v in nb['metadata'].items() if k in ('kernelspec', 'language_info')}
         for c in nb['cells']:
             c['metadata'] = {k: v for k, v in c['metadata'].items() if k == 'tags'}
-            if c['cell_type'] == 'code': c['outputs'] = [o for o in c['outputs'] if not any('<progress' in ''.join(v) for v in o.get('data', {}).values())]
+            if c['cell_type'] == 'code': c['outputs'] = [o for o in c['outputs'] if not _is_progress(o.get('data', {}))]
         text = json.dumps(nb, indent=1, ensure_ascii=False) + '\n'
     if path.name == 'results.json':
         r = json.loads(text); r['scale'] = scale; r['provenance']['date'] = time.strftime('%Y-%m-%d', time.gmtime(started))
@@ -442,10 +447,11 @@ def write_readme(
     return root/'README.md'
 
 def _field(path: str) -> str:
-    "The number that `report|stage|metric` names in the committed results, with one decimal"
+    "The number that `report|stage|metric` names in the committed results, with one decimal; or `report|claims|`, a row of a table for each claim"
     name, stage, metric = path.split('|')
     if not (repo_root()/'reports'/name/'results.json').is_file(): return '(not run yet)'
     r = json.loads((repo_root()/'reports'/name/'results.json').read_text())
     if stage == 'minutes': return f"{r['provenance']['wall_time']/60:.1f}"
     if stage == 'cost': return str(r['cost'][metric])
+    if stage == 'claims': return '\n'.join(f"| [{name}](reports/{name}/{name}.ipynb) | {c['verdict']} | {c['text'].replace('|', '/')} |" for c in r['claims'])
     return next(f"{row['value']:.1f}" for row in r['rows'] if row['stage'] == stage and row['metric'] == metric)
