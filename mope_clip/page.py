@@ -30,7 +30,7 @@ CLAIMS = {  # of the paper's abstract, in our words
 SPEAKS_TO = {  # number of a notebook -> the claims that it is evidence for or against; none: the benchmark, and what is ours
     '10': (), '20': (4,), '21': (4,), '30': (4,), '40': (1, 2, 5), '41': (4, 5), '42': (4,), '43': (3,), '44': (4,), '45': (4,), '46': (), '47': (3,),
     '48': (3,), '49': (), '50': (5,), '51': (4,), '52': (3,), '53': (3,), '54': (4,)}
-FIGURES = {'20_finetune': 'retrieved', '48_resolution': 'resolved'}   # the picture that is shown, where it is not the first of the notebook
+FIGURES = {'20_finetune': 'retrieved', '30_pretrain': 'zero_shot', '48_resolution': 'resolved'}   # the picture that is shown, where it is not the first of the notebook
 
 def speaks_to(
     name: str, # of a notebook, e.g. '40_finetuned_retrieval'
@@ -229,7 +229,7 @@ def picture(
 def _figure(e: Entry) -> str:
     "The picture of a report with a link to its numbers; a press shows it whole"
     if not (file := picture(e.name)): return ''
-    folder, words = repo_root()/'reports'/e.name, file[:-4].replace('_', ' ')
+    folder, words = repo_root()/'reports'/e.name, file[:-4].removesuffix('_figure').replace('_', ' ')
     with Image.open(folder/file) as im: w, h = im.size
     numbers = f': <a href="{e.name}/{file[:-4]}.csv">its numbers</a>'*(folder/f'{file[:-4]}.csv').is_file()
     return (f'<figure><a href="{e.name}/{file}"><img src="{e.name}/{file}" alt="{escape(f"{words}: a figure of the report {e.title}")}" width="{w}" height="{h}" loading="lazy"></a>'
