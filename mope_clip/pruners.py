@@ -133,12 +133,13 @@ def plan(
     check_fits(_spec(scores, lambda t, l, kept: kept), shape_of(clip))
     deep = plan_depth(scores, keep_depth) if keep_depth < 1 else None
     make = lambda share: (lambda wide: both(wide, deep) if deep else wide)(plan_width(scores, share, rank, floor, multiples))
-    if kind == 'keep': spec = make(keep)
-    else:
+    share = keep
+    if kind != 'keep':
         price = _price(kind, clip, sorted(set(scores.tower)), embeddings, batch)
         limit = budget*price(whole_spec(clip)) if budget <= 1 else budget
-        spec = _widest(make, _shares(scores, rank), price, limit, kind)
-    spec.provenance |= dict(plan=dict(budget=given, keep_depth=keep_depth, rank=rank, floor=floor, multiples=list(multiples), embeddings=embeddings))
+        share = _widest(make, _shares(scores, rank), price, limit, kind)
+    spec = make(share)
+    spec.provenance |= dict(plan=dict(budget=given, share=share, keep_depth=keep_depth, rank=rank, floor=floor, multiples=list(multiples), embeddings=embeddings))
     log(say_cost(clip, spec))
     return spec
 
@@ -156,17 +157,14 @@ def _shares(scores: pd.DataFrame, rank: str) -> list:
     turns = sorted({(k - .5)/n for n in counts for k in range(1, n + 1)})
     return [(a + b)/2 for a, b in zip([0, *turns], [*turns, 2 - turns[-1]])]
 
-def _widest(make, shares: list, price, limit: float, kind: str) -> PruneSpec:
-    "The plan of the largest share within the limit, by bisection"
-    spec = make(shares[0])
-    if (least := price(spec)) > limit: raise ValueError(f'The smallest model of this table has {kind} of {least:,.6g}, the budget is {limit:,.6g}: allow more, or lower keep_depth or floor, or (params) count without embeddings.')
+def _widest(make, shares: list, price, limit: float, kind: str) -> float:
+    "The largest share whose plan is within the limit, by bisection"
+    if (least := price(make(shares[0]))) > limit: raise ValueError(f'The smallest model of this table has {kind} of {least:,.6g}, the budget is {limit:,.6g}: allow more, or lower keep_depth or floor, or (params) count without embeddings.')
     low, high = 0, len(shares)
     while high - low > 1:
         middle = (low + high)//2
-        trial = make(shares[middle])
-        if price(trial) <= limit: low, spec = middle, trial
-        else: high = middle
-    return spec
+        low, high = (middle, high) if price(make(shares[middle])) <= limit else (low, middle)
+    return shares[low]
 
 # %% ../nbs/04_pruners.ipynb #13f9ed95
 def say_cost(

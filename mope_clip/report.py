@@ -368,21 +368,22 @@ def report(
     scale: str='full',     # 'full' (the defaults), 'smoke' or 'paper': a section of the template's YAML file
     **parameters,          # override both
 ) -> Path:                 # the report's folder
-    "Run a template and store it in `reports/<name>/` with its results and figures, without weights"
+    "Run a template and store it with its results and figures, without weights: in `reports/<name>/`, or beside its run where scale or parameters are others"
     import yaml
     path = repo_root()/'nbs'/f'{name}.yaml'
     if not (repo_root()/'nbs'/f'{name}.ipynb').is_file(): raise ValueError(f"There is no notebook {name!r}: choose one of {', '.join(sorted(p.stem for p in (repo_root()/'nbs').glob('[1-9]*.ipynb')))}.")
     scales = yaml.safe_load(path.read_text()) if path.is_file() else {}
     if scale not in ('full', *scales): raise ValueError(f"{name} has no scale {scale!r}: choose one of {', '.join(dict.fromkeys(('full', *scales)))}.")
     work = repo_root()/'runs'/f'{name}-{scale}'                  # kept: a run that is cut off goes on from what it finished
-    folder, started = repo_root()/'reports'/name if scale == 'full' else work/'report', time.time()
+    official = scale == 'full' and not parameters                # with parameters of one's own it is another report, which must not take the place of this one
+    folder, started = repo_root()/'reports'/name if official else work/'report', time.time()
     out = run_notebook(name, work/f'{name}.ipynb', {**(scales.get(scale) or {}), **parameters, 'out_dir': str(work)})
     made = [p for p in work.iterdir() if p.suffix in ('.ipynb', '.json', '.png', '.csv', '.svg', '.tex') and p.stat().st_mtime >= started - 1]
     shutil.rmtree(folder, ignore_errors=True); folder.mkdir(parents=True)
     for p in made: shutil.copy(p, folder/p.name)
     for p in (folder/out.name, folder/'results.json'):
         if p.is_file(): _tidy(p, scale, started)
-    if scale == 'full': write_index()
+    if official: write_index()
     return folder
 
 # %% ../nbs/06_report.ipynb #8517654f
@@ -453,5 +454,7 @@ def _field(path: str) -> str:
     r = json.loads((repo_root()/'reports'/name/'results.json').read_text())
     if stage == 'minutes': return f"{r['provenance']['wall_time']/60:.1f}"
     if stage == 'cost': return str(r['cost'][metric])
-    if stage == 'claims': return '\n'.join(f"| [{name}](reports/{name}/{name}.ipynb) | {c['verdict']} | {c['text'].replace('|', '/')} |" for c in r['claims'])
+    if stage == 'claims':
+        stale = '' if r['provenance']['code_hash'] == code_hash(name) else ' (stale: its code changed since)'
+        return '\n'.join(f"| [{name}](reports/{name}/{name}.ipynb) | {c['verdict']}{stale} | {c['text'].replace('|', '/')} |" for c in r['claims'])
     return next(f"{row['value']:.1f}" for row in r['rows'] if row['stage'] == stage and row['metric'] == metric)
