@@ -6,7 +6,7 @@
 __all__ = ['CORPORA', 'SIZES', 'Bench', 'tower_params', 'from_scratch', 'interval']
 
 # %% ../nbs/06a_bench.ipynb #fad2b6e0
-import hashlib, json, time
+import hashlib, json, tempfile, time
 from functools import cached_property, lru_cache
 from inspect import signature
 from pathlib import Path
@@ -47,7 +47,11 @@ class Bench:
         self.task, self.stage, self.data, self.log = task, stage, data or {}, log
         self.images_scored, self.images_evaluated = images_scored, images_evaluated
         self.settings = {**dict(batch=64, lr=5e-4), **settings}
-        self.folder, self.loaded = Path(folder or repo_root()/'runs'/'bench'), {}
+        self.folder, self.loaded = Path(folder or repo_root()/'runs'/'bench').expanduser(), {}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder): pass
+        except OSError as e: raise ValueError(f'The folder of models {self.folder} cannot be written ({e.strerror}): choose another, or none for runs/bench.') from None
         self.teacher = teacher or (teacher_for(task, log=log) if stage == 'finetune' else embedded_teacher(log=log))
 
     @cached_property
