@@ -239,7 +239,7 @@ def _figure(e: Entry) -> str:
 def _provenance(e: Entry) -> str:
     "Where a report comes from, and its files"
     v = e.results['provenance']
-    rows = {'commit': f"{v['commit'][:10] or 'none'}{' with changes that were not committed'*v['dirty']}", 'date': v.get('date'), 'wall time': f"{v['wall_time']/60:.1f} minutes on {v['cpus']} cores, {v['threads']} threads", 'peak memory': f"{v['peak_memory']/2**30:.1f} GiB",
+    rows = {'commit': f"{v['commit'][:10] or 'none'}{' with changes that were not committed'*v['dirty']}", 'date': v.get('date'), 'wall time of the last run': f"{v['wall_time']/60:.1f} minutes on {v['cpus']} cores, {v['threads']} threads", 'peak memory': f"{v['peak_memory']/2**30:.1f} GiB",
             'device': v['device'], 'seeds': ', '.join(map(str, v['seeds'])), 'versions': ', '.join(f'{k} {n}' for k, n in v['versions'].items()), 'code': v['code_hash']}
     files = [p.name for p in sorted((repo_root()/'reports'/e.name).iterdir()) if p.suffix != '.html']
     cells = ''.join(f'<tr><th scope="row">{k}</th><td>{escape(t)}</td></tr>' for k, t in rows.items() if t)
