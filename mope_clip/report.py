@@ -450,7 +450,7 @@ def write_readme(
     return root/'README.md'
 
 def _field(path: str) -> str:
-    "The number that `report|stage|metric` names in the committed results, with one decimal; or `report|claims|`, a row of a table for each claim"
+    "The number that `report|stage|metric` names in the committed results, with one decimal; or `report|claims|`, a row of a table for each claim, or for those of the `;`-separated ids after it"
     name, stage, metric = path.split('|')
     if not (repo_root()/'reports'/name/'results.json').is_file(): return '(not run yet)'
     r = json.loads((repo_root()/'reports'/name/'results.json').read_text())
@@ -458,5 +458,7 @@ def _field(path: str) -> str:
     if stage == 'cost': return str(r['cost'][metric])
     if stage == 'claims':
         stale = '' if r['provenance']['code_hash'] == code_hash(name) else ' (stale: its code changed since)'
-        return '\n'.join(f"| [{name}](reports/{name}/{name}.ipynb) | {c['verdict']}{stale} | {c['text'].replace('|', '/')} |" for c in r['claims'])
+        claims = {c['id']: c for c in r['claims']}
+        if unknown := [i for i in metric.split(';') if metric and i not in claims]: raise ValueError(f'reports/{name}/results.json has no claim {unknown[0]!r}: choose of {", ".join(claims)}.')
+        return '\n'.join(f"| [{name}](reports/{name}/{name}.ipynb) | {c['verdict']}{stale} | {c['text'].replace('|', '/')} |" for i, c in claims.items() if not metric or i in metric.split(';'))
     return next(f"{row['value']:.1f}" for row in r['rows'] if row['stage'] == stage and row['metric'] == metric)
