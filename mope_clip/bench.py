@@ -21,7 +21,7 @@ from .evaluate import cost, encode_captions, encode_images, owners
 from .masks import learned_masks
 from .metrics import METRICS, ZS, Scored, contributions, score_by
 from .pruners import plan, plan_depth, plan_width
-from .report import Results, repo_root, source_hash
+from .report import Results, check_choice, repo_root, source_hash
 from .spec import TOWERS, both
 from .streams import InTurn
 
@@ -151,7 +151,8 @@ def _compress(
     points: int=1,       # of each learning curve
     **options,           # of the metric
 ) -> Clip:               # with `.history` and `.spent`: pairs and seconds of training, seconds of scoring
-    "The small model of a method at a size, by the steps of the bench's stage, kept"
+    "The small model of a method at a size, by the steps of the bench's stage, kept; `ValueError` for a method or size of another name"
+    check_choice(method=(method, METHODS), size=(size, SIZES))
     towers, (width, depth), (metric, own) = TOWERS if tower == 'both' else (tower,), SIZES[size], METHODS[method]
     table = lambda clip, **more: self.scores(clip, metric, seed, **{**options, **more, 'towers': list(towers)})
     scores, rank = table(self.teacher), rank if method == 'mope' else own

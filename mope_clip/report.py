@@ -387,8 +387,8 @@ def report(
     return folder
 
 # %% ../nbs/06_report.ipynb #8517654f
-def _is_progress(output: dict) -> bool:
-    "Whether an output of a cell is fastprogress's (a bar, its style, the empty place of one that has ended, or its growing plot, which is six by four inches) or tqdm's warning that it has no widgets"
+def _is_noise(output: dict) -> bool:
+    "Whether an output of a cell says nothing: fastprogress's (a bar, its style, the empty place of one that has ended, or its growing plot, which is six by four inches) or tqdm's warning that it has no widgets"
     data = output.get('data', {})
     if 'TqdmWarning' in ''.join(output.get('text', '')): return True
     html = ''.join(data.get('text/html', '-'))
@@ -402,7 +402,7 @@ def _tidy(path: Path, scale: str='full', started: float=None):
         nb['metadata'] = {k: v for k, v in nb['metadata'].items() if k in ('kernelspec', 'language_info')}
         for c in nb['cells']:
             c['metadata'] = {k: v for k, v in c['metadata'].items() if k == 'tags'}
-            if c['cell_type'] == 'code': c['outputs'] = [o for o in c['outputs'] if not _is_progress(o)]
+            if c['cell_type'] == 'code': c['outputs'] = [o for o in c['outputs'] if not _is_noise(o)]
         text = json.dumps(nb, indent=1, ensure_ascii=False) + '\n'
     if path.name == 'results.json':
         r = json.loads(text); r['scale'] = scale; r['provenance']['date'] = time.strftime('%Y-%m-%d', time.gmtime(started))
