@@ -18,7 +18,7 @@ import pandas as pd
 from PIL import Image
 
 from .files import first_line, write_atomic
-from .report import CREDIT, code_hash, headline, repo_root, report
+from .report import CREDIT, code_hash, headline, longest_run, repo_root, report
 
 # %% ../nbs/06b_page.ipynb #51ae2769
 CLAIMS = {  # of the paper's abstract, in our words
@@ -319,9 +319,9 @@ def write_page(
 
 # %% ../nbs/06b_page.ipynb #25e11db2
 def waiting(
-) -> dict: # name -> seconds of its last run; None: not run yet
+) -> dict: # name -> seconds of its longest run on record; None: not run yet
     "Reports that are stale or missing, in order of their numbers"
-    return {e.name: e.results and e.results['provenance']['wall_time'] for e in entries() if e.state != 'fresh' and (repo_root()/'nbs'/f'{e.name}.ipynb').is_file()}
+    return {e.name: e.results and longest_run(e.results) for e in entries() if e.state != 'fresh' and (repo_root()/'nbs'/f'{e.name}.ipynb').is_file()}
 
 # %% ../nbs/06b_page.ipynb #a9371db7
 def report_all(
@@ -330,7 +330,7 @@ def report_all(
     todo, failed = waiting(), {}
     write_page()                                                     # so that what is missing for the page is said now, and not after the first run
     known = [s for s in todo.values() if s is not None]
-    print(f'{len(todo)} to run, {len(names()) - len(todo)} fresh. Time by the last runs: {sum(known)/60:.0f} minutes for {len(known)}; {len(todo) - len(known)} not run yet: unknown.')
+    print(f'{len(todo)} to run, {len(names()) - len(todo)} fresh. Time by the longest runs on record, less where models and scores are kept: {sum(known)/60:.0f} minutes for {len(known)}; {len(todo) - len(known)} not run yet: unknown.')
     for n, s in todo.items(): print(f'  {n}: ' + (f'{s/60:.1f} minutes' if s is not None else 'not run yet: unknown'))
     for k, n in enumerate(todo, 1):
         print(f'[{k} of {len(todo)}] {n}', flush=True)
