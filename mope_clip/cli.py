@@ -21,7 +21,7 @@ from .page import report_all, write_page
 from .page import report_all, write_page
 from .parallel import processes
 from .pruners import BUDGETS, plan, say_cost
-from .report import repo_root, report, run_notebook, write_index, write_readme
+from .report import keep_outputs, repo_root, report, run_notebook, write_index, write_readme
 from .spec import TOWERS, read_spec
 
 # %% ../nbs/07_cli.ipynb #b8461eaa
@@ -173,6 +173,8 @@ def _parser() -> argparse.ArgumentParser:
     s.add_argument('--scale', default='full', help="size of the run: 'full' (the defaults), or a section of the notebook's YAML file such as 'smoke' (default: full)")
     what.add_argument('--all', action='store_true', help='every report that is stale or missing, in order; says how long it will take, and goes on where it was stopped')
     sub.add_parser('index', help='write reports/README.md, reports/index.html, the rendered notebooks and reports/runs.csv')
+    s = sub.add_parser('lessons', help='run the notebooks of the library and keep in them what their cells show')
+    s.add_argument('names', nargs='*', metavar='NAME', help='notebooks without their ending, e.g. 03_metrics (default: all of the library)')
     s = sub.add_parser('readme', help='write README.md from nbs/index.ipynb')
     s.add_argument('--check', action='store_true', help='change nothing; exit with 1 where the file is out of date')
     for add in (_add_score, _add_prune, _add_distill, _add_evaluate, _add_export): add(sub)
@@ -210,6 +212,8 @@ def main(
         if a.command == 'run': _run(a.name, {k: _value(v) for k, v in a.p})
         elif a.command == 'report': print(_report(a))
         elif a.command == 'index': print(write_index(), write_page(), sep='\n')
+        elif a.command == 'lessons':
+            for name in a.names or sorted(p.stem for p in (repo_root()/'nbs').glob('0*.ipynb')): print(keep_outputs(name), flush=True)
         elif a.command == 'readme': print(write_readme(a.check))
         else: print(a.do(a))
     except (ValueError, FileNotFoundError, ImportError, RuntimeError) as e:

@@ -6,7 +6,7 @@
 __all__ = ['CREDIT', 'repo_root', 'run_dir', 'check_parameters', 'check_choice', 'check_positive', 'source_hash', 'code_hash',
            'provenance', 'fingerprint', 'measure', 'Results', 'theme', 'save_table', 'save_figure', 'plot_scores',
            'plot_scores_with_errors', 'plot_curve', 'plot_retrieved', 'size_table', 'run_notebook', 'report',
-           'longest_run', 'write_index', 'headline', 'write_readme']
+           'longest_run', 'keep_outputs', 'write_index', 'headline', 'write_readme']
 
 # %% ../nbs/06_report.ipynb #a70dd918
 import ast, difflib, hashlib, json, os, platform, re, resource, shutil, subprocess, sys, tempfile, time
@@ -415,6 +415,29 @@ def _tidy(path: Path, scale: str='full', started: float=None, longest: float=0):
         r = json.loads(text); r['scale'] = scale; r['provenance'].update(date=time.strftime('%Y-%m-%d', time.gmtime(started)), longest_wall_time=max(longest, longest_run(r)))
         text = json.dumps(r, indent=1) + '\n'
     path.write_text(text)
+
+# %% ../nbs/06_report.ipynb #5f3a910d
+def _plain(output: dict) -> dict:
+    "An output without what differs from run to run: addresses in memory and names of temporary folders"
+    text = re.sub(r' at 0x[0-9a-f]+', '', json.dumps(output).replace(tempfile.gettempdir() + '/', ''))
+    return json.loads(re.sub(r'\btmp[a-z0-9_]{8}\b', 'tmp', text))
+
+def keep_outputs(
+    name: str,      # of a library notebook, e.g. '03_metrics'
+) -> Path:
+    "Run a library notebook and keep what its cells show, for whoever reads it without running it; no progress bars, no warnings"
+    import nbformat
+    from nbclient import NotebookClient
+    path = repo_root()/'nbs'/f'{name}.ipynb'
+    if not path.is_file() or name[:1] in '123456789': raise ValueError(f'There is no library notebook {name!r}: those are the notebooks of nbs/ whose number begins with 0. Templates keep no outputs, `mope report` runs them.')
+    nb = nbformat.read(path, 4)
+    NotebookClient(nb, timeout=600, kernel_name='python3', resources=dict(metadata=dict(path=str(path.parent)))).execute(env={**os.environ, 'IN_TEST': '1', 'MOPE_CLIP_PROGRESS': '0'})
+    for c in nb.cells:
+        if c.cell_type != 'code': continue
+        c.execution_count, c.metadata = None, {k: v for k, v in c.metadata.items() if k == 'tags'}
+        c.outputs = [nbformat.from_dict({**_plain(o), **(dict(execution_count=None) if o.output_type == 'execute_result' else {})}) for o in c.outputs if o.get('name') != 'stderr' and not _is_noise(o)]
+    write_atomic(path, lambda f: f.write((nbformat.writes(nb).rstrip('\n') + '\n').encode()))
+    return path
 
 # %% ../nbs/06_report.ipynb #879827b1
 def _words(name: str, check: bool=False):
