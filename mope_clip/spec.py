@@ -28,6 +28,11 @@ class PruneSpec:
 
     def __post_init__(self):
         for t in TOWERS: _check_base(t, self.base); setattr(self, t, _ordered(t, getattr(self, t), self.base[t]))
+        if not isinstance(self.provenance, dict): raise ValueError(f'The provenance of a specification is a dict, not {self.provenance!r}.')
+        try: json.dumps(self.provenance)
+        except TypeError: self.provenance = json.loads(json.dumps(self.provenance, default=lambda x: x.item() if hasattr(x, 'item') else str(x)))   # numbers of NumPy and PyTorch
+
+    def checked(self) -> 'PruneSpec': return PruneSpec(self.vision, self.text, self.base, self.provenance)   # its dicts may have been changed since
 
 # %% ../nbs/01a_spec.ipynb #5f72faf0
 def _check_base(tower: str, base: dict):
@@ -45,6 +50,8 @@ def _ordered(tower: str, layers: dict, base: dict) -> dict:
     for l, kept in sorted(out.items()):
         if not 0 <= l < base['layers']: raise ValueError(f'The specification keeps {tower} layer {l}, but the base has layers 0 to {base["layers"] - 1}.')
         if not isinstance(kept, dict) or set(kept) != {'heads', 'neurons'}: raise ValueError(f"{tower} layer {l} must name exactly 'heads' and 'neurons', not {sorted(kept) if isinstance(kept, dict) else kept!r}.")
+        for k, v in kept.items():
+            if isinstance(v, (str, bytes, dict)) or not hasattr(v, '__iter__'): raise ValueError(f'{tower} layer {l}: {k} must be a list of indices, not {v!r}.')
         out[l] = {k: sorted(_whole(i, f'{tower} layer {l}, {k}') for i in v) for k, v in kept.items()}
         for k, v in out[l].items():
             if len(set(v)) < len(v): raise ValueError(f'{tower} layer {l} keeps {k} twice: {next(i for i in v if v.count(i) > 1)}.')
@@ -54,7 +61,7 @@ def _ordered(tower: str, layers: dict, base: dict) -> dict:
 # %% ../nbs/01a_spec.ipynb #e56aa18b
 def _whole(x, what: str) -> int:
     "A whole number from JSON or NumPy; text only where it is one, as the keys of JSON are"
-    if isinstance(x, bool) or isinstance(x, float) and x != int(x): raise ValueError(f'{what}: {x!r} is no index.')
+    if isinstance(x, bool) or isinstance(x, float) and not x.is_integer(): raise ValueError(f'{what}: {x!r} is no index.')
     try: return int(x)
     except (TypeError, ValueError): raise ValueError(f'{what}: {x!r} is no index.') from None
 
@@ -74,6 +81,8 @@ def compose(
     out = {}
     for t in TOWERS:
         a = list(getattr(first, t).items())
+        left = dict(layers=len(a), **{k: max(len(kept[k]) for _, kept in a) for k in ('heads', 'neurons')})
+        if second.base[t] != left: raise ValueError(f'The second specification is of a {t} tower of {second.base[t]}, the first leaves {left}: it must speak of positions in the model that the first leaves (two of one base: `both`).')
         try: out[t] = {a[l][0]: {k: [a[l][1][k][i] for i in v] for k, v in kept.items()} for l, kept in getattr(second, t).items()}
         except IndexError: raise ValueError(f'The second specification keeps something of the {t} tower that the first has removed: it must speak of positions in the model that the first leaves.') from None
     return PruneSpec(**out, base=first.base, provenance={**first.provenance, **second.provenance})
@@ -108,23 +117,28 @@ SPEC_FORMAT = 1
 
 def save_spec(spec: PruneSpec, path: Path):
     "Write a specification as JSON, in one move"
-    text = json.dumps(dict(library='mope_clip', kind='PruneSpec', format=SPEC_FORMAT, **asdict(spec)))
+    text = json.dumps(dict(library='mope_clip', kind='PruneSpec', format=SPEC_FORMAT, **asdict(spec.checked())))
     write_atomic(path, lambda f: f.write((text + '\n').encode()))
 
 # %% ../nbs/01a_spec.ipynb #de1a240a
+def _once(items: list) -> dict:
+    "A JSON object whose keys are all different"
+    if twice := [k for k, _ in items if [j for j, _ in items].count(k) > 1]: raise ValueError(f'{twice[0]!r} stands in it twice')
+    return dict(items)
+
 def read_spec(
     path: Path,
 ) -> PruneSpec:
     "A specification from a file; `FileNotFoundError` or `ValueError` says what is wrong with it"
     path = Path(path).expanduser()
     if not path.is_file(): raise FileNotFoundError(f'There is no file {path}: pass a specification written by save_spec.')
-    try: d = json.loads(path.read_text())
-    except ValueError as e: raise ValueError(f'{path} is no JSON ({e}): the file is damaged or of another kind.') from None
+    try: d = json.loads(path.read_text(), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as e: raise ValueError(f'{path} is no JSON of a specification ({e}): the file is damaged or of another kind.') from None
     if not isinstance(d, dict) or (d.pop('library', None), d.pop('kind', None)) != ('mope_clip', 'PruneSpec'): raise ValueError(f'{path} is not a specification of this library: pass a file written by save_spec.')
-    if (found := d.pop('format', None)) != SPEC_FORMAT: raise ValueError(f'{path} has format {found}, this version reads {SPEC_FORMAT}: upgrade mope_clip.')
+    if (found := d.pop('format', None)) != SPEC_FORMAT: raise ValueError(f'{path} has format {found!r}, this version reads {SPEC_FORMAT}: upgrade mope_clip.')
     if set(d) != {*TOWERS, 'base', 'provenance'}: raise ValueError(f'{path} must hold exactly vision, text, base and provenance, not {sorted(d)}.')
     try: return PruneSpec(**d)
-    except ValueError as e: raise ValueError(f'{path}: {e}') from None
+    except (ValueError, TypeError, OverflowError) as e: raise ValueError(f'{path}: {e}') from None
 
 # %% ../nbs/01a_spec.ipynb #faea3424
 def spec_hash(
@@ -158,7 +172,7 @@ def draw(
     fig, axes = plt.subplots(1, 4, figsize=(9, 1 + .22*tallest), layout='constrained', width_ratios=[2, 1, 2, 1])
     for (heads, bars), t in zip((axes[:2], axes[2:]), TOWERS):
         b, kept = spec.base[t], getattr(spec, t)
-        heads.scatter(*zip(*[(h, l) for l in range(b['layers']) for h in range(b['heads'])]), marker='s', s=40, facecolors='none', edgecolors='.85')
+        if b['heads']: heads.scatter(*zip(*[(h, l) for l in range(b['layers']) for h in range(b['heads'])]), marker='s', s=40, facecolors='none', edgecolors='.85')
         on = [(h, l) for l, k in kept.items() for h in k['heads']]
         if on: heads.scatter(*zip(*on), marker='s', s=40)
         bars.barh(list(kept), [len(k['neurons']) for k in kept.values()])
