@@ -67,7 +67,7 @@ class SlimAttention(nn.Module):
         return self.ln_inner(x.transpose(1, 2).reshape(b, -1, self.num_heads*self.head_dim))
 
     def forward(self, x, attn_mask=None, pick=None):
-        if not self.num_heads: return self.out_proj.bias.expand_as(x if pick is None else x[:, :1])
+        if not self.num_heads: return torch.zeros_like(x if pick is None else x[:, :1]) + self.out_proj.bias
         return self.out_proj(self.heads_out(x, attn_mask, pick))
 
 # %% ../nbs/01b_blocks.ipynb #660a507a

@@ -96,6 +96,7 @@ def prune(
     spec: PruneSpec, # by position in `clip`: its base is the shape of `clip`
 ) -> Clip:           # a new model with smaller tensors
     "A copy of `clip` from which everything that `spec` does not keep is really removed; `ValueError` where it is of another model"
+    spec = spec.checked()
     check_fits(spec, shape_of(clip))
     kept = lambda t: nn.ModuleList(slim(clip.tower(t).blocks[l], **k) for l, k in getattr(spec, t).items())
     model = deepcopy(clip.model, {id(clip.tower(t).blocks): kept(t) for t in TOWERS})   # the blocks that go are never copied
@@ -116,7 +117,9 @@ def weights_hash(
 def _tokenizer(folder: Path, config: dict):
     "The tokenizer saved in a folder, or open_clip's own for its models"
     text = config['model_cfg'].get('text_cfg', {})
-    if (folder/'tokenizer_config.json').is_file(): return open_clip.tokenizer.HFTokenizer(str(folder), context_length=text.get('context_length', 77), **text.get('tokenizer_kwargs', {}))
+    if (folder/'tokenizer_config.json').is_file():
+        try: return open_clip.tokenizer.HFTokenizer(str(folder), context_length=text.get('context_length', 77), **text.get('tokenizer_kwargs', {}))
+        except Exception as e: raise ValueError(f'The tokenizer in {folder} cannot be read ({first_line(e)}): its files are damaged or incomplete, copy them again.') from e     # whatever a damaged file raises
     if 'tokenizer' not in config: raise FileNotFoundError(f'{folder} has no tokenizer_config.json and names none of open_clip for it: copy the files of the tokenizer there.')
     return open_clip.get_tokenizer(config['tokenizer'], context_length=text.get('context_length', 77))
 
@@ -161,6 +164,8 @@ def load_clip(
     device: str=None,      # None: 'cuda' where there is one (under torchrun the one of LOCAL_RANK), else 'cpu'
 ) -> Clip:
     "A model ready to evaluate; `FileNotFoundError` or `ValueError` names what is missing"
+    name = str(name)
+    if str(device).startswith('cuda') and not torch.cuda.is_available(): raise ValueError(f'device is {device}, but PyTorch sees no GPU here: leave it out, or install a PyTorch with CUDA.')
     device = device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else 'cpu')   # torchrun: a GPU for each process
     path = from_hub(name.removeprefix('hf-hub:')) if name.startswith('hf-hub:') else Path(name.removeprefix('local-dir:')).expanduser()
     if path.is_dir(): return _load_folder(path, device)
@@ -185,7 +190,7 @@ def _load_named(name: str, pretrained: str, device: str) -> Clip:
     config, tokenizer = _named_config(name, pretrained), open_clip.get_tokenizer(name)
     if get_pretrained_cfg(name, pretrained):
         try: model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained, device=device, force_quick_gelu=config['model_cfg'].get('quick_gelu', False))
-        except (RuntimeError, OSError) as e: raise FileNotFoundError(f'The weights {pretrained} of {name} could not be had ({first_line(e)}): without a network, pass pretrained= a file.') from e
+        except (RuntimeError, OSError) as e: raise FileNotFoundError(f'The weights {pretrained} of {name} could not be had ({first_line(e)}): without a network, pass a checkpoint file as pretrained (--pretrained FILE).') from e
         return Clip(model.eval(), preprocess, tokenizer, config)
     if not Path(pretrained).expanduser().is_file():
         raise FileNotFoundError(f'{pretrained!r} is neither a file nor a tag of {name}; its tags are {", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"}.')
@@ -288,15 +293,26 @@ def save_open_clip(
 # %% ../nbs/01_clip.ipynb #2a1f02aa
 FORMAT = 1
 
+def _settings_hash(config: dict, folder: Path) -> str:
+    "A hash of what decides the embeddings beside the weights: architecture, preprocessing, specification and tokenizer"
+    h = hashlib.sha256(json.dumps([json.loads(json.dumps(config.get(k))) for k in ('model_cfg', 'preprocess_cfg', 'spec', 'tokenizer')], sort_keys=True).encode())
+    for name in ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'vocab.txt', 'merges.txt'):
+        if (folder/name).is_file(): h.update((folder/name).read_bytes())
+    return h.hexdigest()[:16]
+
 def _save(self: Clip, folder: Path):
     "Write `config.json`, `model.safetensors`, the tokenizer and a model card; atomic, nothing executable"
     from safetensors.torch import save_file
-    config = dict(format=FORMAT, library='mope_clip', **self.config, spec=asdict(self.spec), weights=weights_hash(self))
+    config = {**self.config, **dict(format=FORMAT, library='mope_clip', spec=asdict(self.spec), weights=weights_hash(self))}
+    if not hasattr(self.tokenizer, 'save_pretrained') and not config.get('tokenizer'):
+        if type(self.tokenizer).__name__ != 'SimpleTokenizer': raise ValueError(f'A {type(self.tokenizer).__name__} cannot be saved with the model: name an open_clip model with the same tokenizer in clip.config["tokenizer"].')
+        config['tokenizer'] = 'ViT-B-32'                                   # open_clip's own vocabulary
     def write(tmp):
+        if hasattr(self.tokenizer, 'save_pretrained'): self.tokenizer.save_pretrained(str(tmp))
+        config['settings'] = _settings_hash(config, tmp)
         save_file({k: v.detach().contiguous() for k, v in self.model.state_dict().items()}, tmp/'model.safetensors')
         (tmp/'config.json').write_text(json.dumps(config, indent=1))
         (tmp/'README.md').write_text(f'---\nlibrary_name: mope_clip\n---\nA CLIP model pruned with mope_clip.\n\n    from mope_clip.clip import load_clip\n    clip = load_clip("this folder")\n\n{self!r}\n')
-        if hasattr(self.tokenizer, 'save_pretrained'): self.tokenizer.save_pretrained(str(tmp))
     write_folder(folder, write)
 
 Clip.save = _save
@@ -307,10 +323,14 @@ def _load_saved(folder: Path, config: dict, device: str) -> Clip:
     if (found := config.get('format')) != FORMAT: raise ValueError(f'{folder} has format {found}, this version reads {FORMAT}: upgrade mope_clip.')
     if missing := {'model_cfg', 'spec', 'weights'} - set(config): raise ValueError(f'{folder}/config.json lacks {sorted(missing)}: the file was cut or edited, save the model again.')
     if not (folder/'model.safetensors').is_file(): raise FileNotFoundError(f'{folder} has no model.safetensors: the folder is incomplete.')
-    clip = prune(build_clip({k: v for k, v in config.items() if k not in ('format', 'library', 'spec', 'weights')}, _tokenizer(folder, config)), PruneSpec(**config['spec']))
-    weights = read_weights(folder/'model.safetensors')
+    if config.get('settings', now := _settings_hash(config, folder)) != now: raise ValueError(f'The configuration or the tokenizer in {folder} is not the one that was saved (their hash differs): the folder was edited or is damaged, copy it again.')
+    own = 'format', 'library', 'spec', 'weights', 'settings'
+    try: clip = prune(build_clip({k: v for k, v in config.items() if k not in own}, _tokenizer(folder, config)), PruneSpec(**config['spec']))
+    except (TypeError, AttributeError, KeyError) as e: raise ValueError(f'{folder}/config.json is damaged or was edited ({first_line(e)}): copy the folder again.') from None
+    weights = {k: v.clone() for k, v in read_weights(folder/'model.safetensors').items()}   # not mapped to the file, and where kernels like numbers to lie: else the last bits may differ
     check_weights(weights, {k: v.shape for k, v in clip.model.state_dict().items()}, str(folder))
-    clip.model.load_state_dict(weights, strict=True, assign=True)   # with the type that they were saved in
+    try: clip.model.load_state_dict(weights, strict=True, assign=True)   # with the type that they were saved in
+    except RuntimeError as e: raise ValueError(f'The weights in {folder} do not fit its configuration: {" ".join(str(e).split())[:300]}') from None
     if weights_hash(clip) != config['weights']: raise ValueError(f'The weights in {folder} are not those that were saved (their hash differs): the file is damaged or was replaced, copy the folder again.')
     clip.model.to(device).eval()
     return clip
