@@ -7,6 +7,7 @@ __all__ = ['variants', 'finish', 'Inputs', 'autocast', 'one_layer', 'advance', '
 
 # %% ../nbs/03a_engine.ipynb #b66859cb
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,9 @@ class Inputs:
             self.used += size
             return y.to(dtype)
         self.folder = self.folder or tempfile.TemporaryDirectory(prefix='mope-')
-        kept = torch.from_file(f'{self.folder.name}/{len(self.parts)}', shared=True, size=y.numel(), dtype=dtype).view(y.shape)
+        path = Path(self.folder.name)/str(len(self.parts))
+        kept = torch.from_file(str(path), shared=True, size=y.numel(), dtype=dtype).view(y.shape)
+        with suppress(OSError): path.unlink()                              # the memory stays mapped, and a killed run leaves nothing on the disk
         return kept.copy_(y)
 
     def __len__(self): return len(self.parts)
@@ -105,33 +108,43 @@ def one_layer(
     wanted,                 # (module, index) pairs
     groups: list,           # neurons of each FFN group
     precision: str='fp32',
-    parts: Path=None,       # a folder that keeps finished batches
+    parts: Path=None,       # a folder that keeps finished batches, or modules of a batch
     tick=lambda n: None,    # called with the number of modules after each batch
 ) -> dict:                  # (module, index) -> features (n, e), in the order of the items
     "Features of the tower without each wanted module of one layer"
     tower, feats, wanted = inputs.tower, {}, list(wanted)
+    few = len(inputs) < len(wanted)                                        # then a file a module, so that a kill costs one module at most; else a file a batch
     last = l == len(tower.blocks) - 1
     with autocast(inputs.device, precision):
         for i in range(len(inputs)):
             x, mask, ids = inputs[i]
-            path = parts/f'{i}.npz' if parts else None
-            done = _read_part(path, wanted)
             pick = tower.picked(x, ids) if last else None
-            here = done or {}
-            for w, y in variants(tower.blocks[l], x, mask, () if done else wanted, groups, pick):
-                if w == ('dense', 0): dense = y
-                else: here[w] = finish(tower, l, y, mask, ids)
-            if path and not done: write_atomic(path, lambda f: np.savez(f, **{f'{m}-{k}': v.numpy() for (m, k), v in here.items()}))
-            for w, v in here.items(): feats.setdefault(w, []).append(v)
+            here = _read_parts(parts, i, wanted)
+            left = [w for w in wanted if w not in here]
+            for w, y in variants(tower.blocks[l], x, mask, left, groups, pick):
+                if w == ('dense', 0): dense = y; continue
+                here[w] = finish(tower, l, y, mask, ids)
+                if parts and few: _keep_part(parts/f'{i}-{w[0]}-{w[1]}.npz', {w: here[w]})
+            if parts and left and not few: _keep_part(parts/f'{i}.npz', here)
+            for w in wanted: feats.setdefault(w, []).append(here[w])
             if not last: inputs[i] = dense
             tick(len(wanted))
     return {w: inputs.restore(torch.cat(v)) for w, v in feats.items()}
 
 # %% ../nbs/03a_engine.ipynb #9870c6d4
-def _read_part(path, wanted: list) -> dict:
-    "The features of a finished batch, or None where it has to be computed"
-    if not wanted or path is None or not path.is_file(): return None
-    with np.load(path) as z: return {(m, k): torch.from_numpy(z[f'{m}-{k}']) for m, k in wanted}
+def _keep_part(path: Path, features: dict):
+    "Write features by (module, index)"
+    write_atomic(path, lambda f: np.savez(f, **{f'{m}-{k}': v.numpy() for (m, k), v in features.items()}))
+
+def _read_parts(parts, i: int, wanted: list) -> dict:
+    "What is kept of a batch, by (module, index); a file that cannot be read is one that is not there"
+    found = {}
+    for path in [parts/f'{i}.npz', *(parts/f'{i}-{m}-{k}.npz' for m, k in wanted)] if parts and parts.is_dir() else []:
+        if not path.is_file(): continue
+        try:
+            with np.load(path) as z: found |= {(m, k): torch.from_numpy(z[f'{m}-{k}']) for m, k in wanted if f'{m}-{k}' in z}
+        except Exception: path.unlink(missing_ok=True)                     # whatever a damaged file raises
+    return found
 
 @torch.inference_mode()
 def advance(inputs: Inputs, l: int, precision: str='fp32'):

@@ -6,7 +6,7 @@
 __all__ = ['keep_count', 'competitions', 'resampled', 'kept_probability', 'resolved', 'race']
 
 # %% ../nbs/03b_resolution.ipynb #6766e24d
-import math, shutil
+import math, shutil, time
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from .spec import TOWERS
 from .data import write_atomic
 from .engine import Inputs, advance, layer_macs, one_layer, tokens_of
 from .evaluate import tower_macs
-from .metrics import MODULES, Scored, _place, _row, _say_cost, _table, _ticker, check_scoring, contributions, modules_of
+from .metrics import MODULES, Scored, _agreed, _claim, _place, _row, _say_cost, _table, _ticker, check_scoring, contributions, modules_of
 
 # %% ../nbs/03b_resolution.ipynb #35475f36
 def keep_count(
@@ -155,21 +155,36 @@ def race(
     "MoPE for a budget: modules whose membership is decided are measured no further"
     towers, modules = check_scoring(pairs, towers, modules, allow_test)
     keep_count(1, keep)
+    competitions(pd.DataFrame(columns=['tower', 'module', 'layer']), rank)   # refuses an unknown rank now
+    if first < 2: raise ValueError(f'first is the number of images of the first block, at least 2, not {first}.')
+    if not confidence > .5: raise ValueError(f'confidence is a probability above 0.5 (above 1 nothing is decided early), not {confidence}.')
     if gallery not in ('all', 'block'): raise ValueError(f"gallery is 'all' or 'block', not {gallery!r}.")
     task = Scored(clip, pairs, z, batch, precision)
+    if callable(z) and len(task.base) != len(task.x['vision']): raise ValueError('A race needs what each image contributes to Z: let z return a number for each image, not one for all.')
     options = dict(metric='race', keep=keep, rank=rank, confidence=confidence, first=first, gallery=gallery, groups=groups, modules=sorted(modules), towers=sorted(towers), seed=seed)
     place = _place(task, store, options)
-    if place and (done := place.with_suffix('.parquet')).is_file(): return pd.read_parquet(done)
-    every = modules_of(clip, pairs, towers, modules, groups, not task.labelled)
-    _say_cost(task, every, log)
-    blocks = _Blocks(task, gallery, seed, place)
-    rows = _run_race(blocks, every, keep, rank, confidence, first, seed, log)
-    table = _table(rows, clip, **options, **task.made_by, macs=blocks.macs)
-    table['p_kept'] = [r['p_kept'] for r in rows]
-    if place: write_atomic(done, lambda f: table.to_parquet(f)); shutil.rmtree(place, ignore_errors=True)
-    return table
+    done = place and place.with_suffix('.parquet')
+    while True:
+        with _claim(place and place.parent, f'{place and place.name}-race') as mine:    # of several processes one races, the others wait for its table
+            if done and done.is_file():
+                try: table = pd.read_parquet(done)
+                except Exception: done.unlink(missing_ok=True)                         # damaged, whatever that raises: raced again
+                else: table['neurons'] = [None if g is None else list(map(int, g)) for g in table.neurons]; return table
+            if mine: return _race(task, place, options, (clip, pairs, towers, modules, groups, not task.labelled, task.x['vision']), log)
+        time.sleep(.5)
 
 # %% ../nbs/03b_resolution.ipynb #4a14fd27
+def _race(task: Scored, place, options: dict, what: tuple, log) -> pd.DataFrame:
+    "The table of a race that nobody else runs, kept when it is whole"
+    _say_cost(task, modules_of(*what[:5], False), log, what[5] and 'ffn' in what[3])
+    every, o = _agreed(place, lambda: modules_of(*what)), options
+    blocks = _Blocks(task, o['gallery'], o['seed'], place)
+    rows = _run_race(blocks, every, o['keep'], o['rank'], o['confidence'], o['first'], o['seed'], log)
+    table = _table(rows, task.clip, **options, **task.made_by, macs=blocks.macs)
+    table['p_kept'] = [r['p_kept'] for r in rows]
+    if place: write_atomic(place.with_suffix('.parquet'), lambda f: table.to_parquet(f)); shutil.rmtree(place, ignore_errors=True)
+    return table
+
 def _run_race(blocks: _Blocks, every: dict, keep: float, rank: str, confidence: float, first: int, seed: int, log) -> list:
     "Rows of all modules: block after block, until each is decided or has seen all images"
     keys = [(t, l, *w) for (t, l), (wanted, _) in every.items() for w in wanted]
