@@ -66,6 +66,7 @@ def trace(
     "A tower as a graph of `torch.export`: any batch, and captions of any length where that is exact"
     clip = _ready(clip)
     x, net = probe(clip, tower, 8), clip.tower(tower)
+    if tower == 'text' and net.net is clip.model: del clip.model.visual              # of the copy: the graph would carry it along
     shapes = {0: torch.export.Dim('batch')}
     if tower == 'text' and (net.lengths(x) < x.shape[1]).any():
         shapes[1] = torch.export.Dim('tokens', max=net.tokens)

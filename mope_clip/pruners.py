@@ -9,7 +9,7 @@ __all__ = ['BUDGETS', 'plan_width', 'plan_depth', 'masked', 'plan', 'say_cost', 
 import pandas as pd
 import torch
 
-from .clip import Clip, check_fits, prune, shape_of, whole_spec
+from .clip import Clip, check_fits, prune, shape_of, weights_hash, whole_spec
 from .data import progress
 from .evaluate import cost, encode, latency as measured, spec_cost
 from .metrics import Scored, _row, check_scoring, mope
@@ -40,6 +40,22 @@ def _spec(scores: pd.DataFrame, keep_layer) -> PruneSpec:
     return PruneSpec(**out, base=whole.base, provenance={k: v for k, v in made.items() if k != 'shape'})
 
 # %% ../nbs/04_pruners.ipynb #f9404a25
+def _none_left(scores: pd.DataFrame, t: str, module: str) -> bool:
+    "Whether the scored model has no module of a kind in a tower"
+    shape = scores.attrs.get('mope', {}).get('shape')
+    return bool(shape) and not sum(layer[module == 'ffn'] for layer in shape[t])
+
+def _complete(scores: pd.DataFrame, modules: tuple):
+    "Refuse a table that lacks the modules of a layer, which would all be removed, or has a score that is no number"
+    if scores.score.isna().any(): raise ValueError(f'{int(scores.score.isna().sum())} scores of the table are NaN: the model that was scored is broken, or its precision too low.')
+    shape = scores.attrs.get('mope', {}).get('shape')
+    for t in set(scores.tower) if shape else ():
+        for l, layer in enumerate(shape[t]):
+            for m in modules:
+                has = m == 'layer' or layer[m == 'ffn']
+                some = scores[(scores.tower == t) & (scores.module == m)]
+                if has and len(some) and not (some.layer == l).any(): raise ValueError(f'The table scores no {m} of {t} layer {l}, which would then lose all: take the whole table.')
+
 def plan_width(
     scores: pd.DataFrame,     # a table with heads and FFN groups
     keep: float=0.5,          # fraction of heads and of groups kept
@@ -49,12 +65,15 @@ def plan_width(
 ) -> PruneSpec:               # by position in the scored model
     "Which heads and neurons stay in the towers that were scored"
     if not isinstance(keep, dict): keep_count(1, keep)
+    if isinstance(floor, bool) or not isinstance(floor, int) or floor < 0: raise ValueError(f'floor is a number of heads and groups, at least 0, not {floor!r}.')
+    if len(multiples := tuple(multiples) if isinstance(multiples, (tuple, list)) else (multiples,)) != 2: raise ValueError(f'multiples are two whole numbers, for heads and for neurons, not {multiples}.')
+    _complete(scores, ('head', 'ffn'))
     if rank not in ('layer', 'global'): raise ValueError(f"rank is 'layer' or 'global', not {rank!r}.")
     share = keep if isinstance(keep, dict) else {m: dict.fromkeys(TOWERS, keep) for m in ('head', 'ffn')}     # `stepwise` gives each its own
     rows = {(t, m): scores[(scores.tower == t) & (scores.module == m)] for t in set(scores.tower) for m in ('head', 'ffn')}
     for (t, m), r in rows.items():
-        if r.empty: raise ValueError(f'The table scores no {m} of the {t} tower: score with modules that include {m!r}.')
-    items = {(t, m): _items(r, _best(r, share[m][t], rank, floor), m, n) for (t, m), r in rows.items() for n in [multiples[m == 'ffn']]}
+        if r.empty and not _none_left(scores, t, m): raise ValueError(f'The table scores no {m} of the {t} tower: score with modules that include {m!r}.')
+    items = {(t, m): {} if r.empty else _items(r, _best(r, share[m][t], rank, floor), m, n) for (t, m), r in rows.items() for n in [multiples[m == 'ffn']]}
     return _spec(scores, lambda t, l, kept: dict(heads=items[t, 'head'].get(l, []), neurons=items[t, 'ffn'].get(l, [])))
 
 # %% ../nbs/04_pruners.ipynb #4a867145
@@ -81,6 +100,7 @@ def plan_depth(
     "Which layers stay in the towers that were scored: the best of one ranking"
     share = keep if isinstance(keep, dict) else dict.fromkeys(TOWERS, keep)
     for k in share.values(): keep_count(1, k)
+    _complete(scores, ('layer',))
     layers = scores[scores.module == 'layer']
     if layers.empty: raise ValueError("The table scores no layer: score with modules that include 'layer'.")
     best = {t: set(_best(r.assign(layer=0), share[t], 'layer', 1)['index']) for t, r in layers.assign(index=layers.layer).groupby('tower')}
@@ -130,6 +150,7 @@ def plan(
     if len(given) != 1: raise ValueError(f'Give exactly one budget of {", ".join(BUDGETS)}, not {list(given) or "none"}.')
     (kind, budget), = given.items()
     if isinstance(budget, bool) or not budget > 0: raise ValueError(f'The budget of {kind} must be above 0, not {budget}.')
+    keep_count(1, keep_depth)
     check_fits(_spec(scores, lambda t, l, kept: kept), shape_of(clip))
     deep = plan_depth(scores, keep_depth) if keep_depth < 1 else None
     make = lambda share: (lambda wide: both(wide, deep) if deep else wide)(plan_width(scores, share, rank, floor, multiples))
@@ -200,7 +221,7 @@ def stepwise(
         share = {'layer': {}, 'head': {}, 'ffn': {}}                    # of what is there now, so that counts are those of the original
         for t, shape in shape_of(now).items():
             share['layer'][t] = keep_count(layers[t], target)/len(shape)
-            share['head'][t] = sum(keep_count(h, target) for h, _ in shape_of(clip)[t])/sum(h for h, _ in shape)
+            share['head'][t] = sum(keep_count(h, target) for h, _ in shape_of(clip)[t] if h)/(sum(h for h, _ in shape) or 1)
             share['ffn'][t] = keep_count(groups, target)/keep_count(groups, left)
         now = prune(now, plan_depth(scores, share['layer']) if depth else plan_width(scores, share, rank))
         left = target
@@ -216,9 +237,12 @@ def mope_set(
 ) -> pd.DataFrame:        # one row a set: score, se, n
     "What Z loses when all modules of a set go together"
     check_scoring(pairs, TOWERS, ('head',), allow_test)
+    if not specs: raise ValueError('There are no sets to score: pass at least one specification.')
     task, rows = Scored(clip, pairs, z), []
     for k, spec in enumerate(progress(specs)):
         small = prune(clip, spec)
         diff = task.base - task.contributions(**{t: encode(small, t, task.x[t]) for t in TOWERS})
         rows.append(_row('both', 'set', -1, k, None, diff))
-    return pd.DataFrame(rows).drop(columns='diffs')
+    table = pd.DataFrame(rows).drop(columns='diffs')
+    table.attrs['mope'] = dict(metric='set', **task.made_by, model=weights_hash(clip))
+    return table
