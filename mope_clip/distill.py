@@ -6,10 +6,11 @@
 __all__ = ['STAGES', 'FINETUNE', 'train', 'distill', 'embedded_teacher', 'task_settings', 'finetune_teacher', 'teacher_for']
 
 # %% ../nbs/05_distill.ipynb #81cea0f6
+import json
 from pathlib import Path
 
 from .clip import Clip, load_clip, save_open_clip
-from .data import TASKS, cache_dir, data_dir, stream_pairs
+from .data import TASKS, cache_dir, data_dir, stream_pairs, write_atomic
 from .loop import Recipe, fit
 from .parallel import processes
 
@@ -22,10 +23,12 @@ def train(
     validation=None,       # pairs on which mean recall is watched
     every: int=0,          # steps between two points of the curve; 0: only the last
     log=print,
+    checkpoint_every: int=50,       # steps between two checkpoints
+    checkpoint_seconds: float=60.,  # and time, whichever comes first
     **settings,            # of `Recipe`
 ) -> Clip:
     "The loop without a teacher: contrastive learning"
-    return fit(clip, pairs, Recipe(pairs_seen=pairs_seen, **settings), None, folder, validation, every, log)
+    return fit(clip, pairs, Recipe(pairs_seen=pairs_seen, **settings), None, folder, validation, every, log, None, checkpoint_every, checkpoint_seconds)
 
 # %% ../nbs/05_distill.ipynb #3caf57f5
 def distill(
@@ -39,13 +42,15 @@ def distill(
     every: int=0,          # steps between two points of the curve; 0: only the last
     log=print,
     cache=None,            # a folder that keeps the teacher's embeddings of a data set, for runs without L_hidn
+    checkpoint_every: int=50,       # steps between two checkpoints
+    checkpoint_seconds: float=60.,  # and time, whichever comes first
     **settings,            # of `Recipe`
 ) -> Clip:
     "Recover a pruned model by learning from the unpruned one, with all four losses"
     if stage not in STAGES: raise ValueError(f"stage is 'finetune' or 'pretrain', not {stage!r}.")
     recipe = Recipe(**{**STAGES[stage], **settings, **({} if pairs_seen is None else dict(pairs_seen=pairs_seen))})
     if student.spec.base != teacher.spec.base: raise ValueError('Student and teacher are not of the same base model: distil from the model that was pruned.')
-    return fit(student, pairs, recipe, teacher, folder, validation, every, log, cache)
+    return fit(student, pairs, recipe, teacher, folder, validation, every, log, cache, checkpoint_every, checkpoint_seconds)
 
 # %% ../nbs/05_distill.ipynb #f1c59a17
 STAGES = dict(finetune=dict(pairs_seen=8_192, batch=64, lr=5e-4, weight_decay=3e-4, freeze_scale=True),
@@ -74,6 +79,10 @@ def task_settings(
     return dict(batch=256, lr=1e-5, optimizer='adamw', weight_decay=.1, warmup=.1, seed=2)
 
 # %% ../nbs/05_distill.ipynb #3b674465
+def _made_by(task: str, model: str='', pretrained: str='', root=None, columns=None, zero_shot=None, validation=None, every: int=0, work=None, **settings) -> dict:
+    "What decides which teacher it is, in plain types"
+    return json.loads(json.dumps(dict(task=task, model=str(zero_shot or model), pretrained=str(pretrained), root=str(root or ''), **{**task_settings(task), **settings})))
+
 def finetune_teacher(
     task: str,             # as in `load_pairs`
     folder: Path,          # where the teacher is kept, in open_clip's format
@@ -94,7 +103,9 @@ def finetune_teacher(
     log(f'Fine-tuning the teacher of {task}; a run that is cut off goes on from {work}.')
     clip = train(clip, stream_pairs(task, 'train', root=root, columns=columns), folder=work, validation=validation, every=every, log=log, **{**task_settings(task), **settings})
     world = processes(clip.device)
-    if world.main: save_open_clip(clip, folder)
+    if world.main:
+        save_open_clip(clip, folder)
+        write_atomic(Path(folder)/'made_by.json', lambda f: f.write(json.dumps(_made_by(task, model, pretrained, root, zero_shot=zero_shot, **settings), indent=1).encode()))
     world.share(None)                                          # the others wait for the file
     again = load_clip(str(folder)); again.history = clip.history
     return again
@@ -110,7 +121,10 @@ def teacher_for(
 ) -> Clip:
     "The teacher of a task: the model that is named, fine-tuned first where a folder is given, or the embedded one"
     if model and folder:
-        done = Path(folder).is_dir()
+        done, record, made = Path(folder).is_dir(), Path(folder)/'made_by.json', _made_by(task, model, pretrained, **options)
+        if record.is_file() and (was := json.loads(record.read_text())) != made:
+            odd = ', '.join(f'{k} {was.get(k)!r} and not {made.get(k)!r}' for k in made if was.get(k) != made.get(k))
+            raise ValueError(f'{folder} holds a teacher that was made otherwise ({odd}): choose another out_dir, or delete that folder.')
         log(f'Teacher: {model} {pretrained}, ' + (f'fine-tuned on {task} before, from {folder}.' if done else f'to be fine-tuned on {task}.'))
         return load_clip(str(folder)) if done else finetune_teacher(task, folder, log=log, model=model, pretrained=pretrained, **options)
     if model:

@@ -10,7 +10,8 @@ __all__ = ['MACHINERY', 'Recipe', 'settings_that_matter', 'optimizers', 'set_lr'
 # %% ../nbs/05e_loop.ipynb #51ab1cf8
 import hashlib, json, math, os, random, time, zipfile
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from .clip import Clip, weights_hash
 from .data import write_atomic
 from .evaluate import retrieval
 from .losses import MopeLoss, matched_layers
+from .spec import TOWERS
 from .parallel import World, clip_gradients, get_state, own_slice, processes, set_state, unreached, wrap
 from .step import Forward, Remembered, Step, Teacher, drawn_from
 
@@ -43,7 +45,7 @@ class Recipe:
     seed: int = 0                # of the choice of captions, of the order and of patch dropout
     weights: tuple = (1., 1., 1000., 1.) # of L_itc, L_sim, L_feat, L_hidn
     ema: float = 0.0             # decay a step of the averaged weights that are watched and returned; 0: none
-    precision: str = 'fp32'      # of the forwards: 'fp32' (the weights' own) or 'bf16'; losses and weights stay as they are
+    precision: str = 'auto'      # of the forwards: 'fp32' (the weights' own), 'bf16' (autocast), or 'auto': bf16 on a GPU; losses and weights stay as they are
     diverged: float = 3.0        # stop where the running mean of the loss stays above this many times its best; 0: never
     micro: int = 0               # pairs a forward in each process, so that less memory is needed; 0: all of its batch
     checkpoint_activations: bool = False # compute each block's activations again in the backward: less memory, a third more time
@@ -62,8 +64,13 @@ class Recipe:
 # %% ../nbs/05e_loop.ipynb #5b66de70
 def _check(r: Recipe):
     "Refuse a setting that cannot be right, in one sentence"
+    for f in fields(r):
+        v = getattr(r, f.name)
+        if f.type in (int, float) and (isinstance(v, bool) or not isinstance(v, Integral if f.type is int else Real)): raise ValueError(f"{f.name} is a {'whole ' if f.type is int else ''}number, not {v!r}.")
+        if f.type is tuple and not isinstance(v, (tuple, list)): raise ValueError(f'{f.name} are several numbers, not {v!r}.')
     rules = ((r.batch >= 1, f'batch is a number of pairs, at least 1, not {r.batch}.'),
              (r.pairs_seen >= r.batch, f'pairs_seen is {r.pairs_seen}, less than one batch of {r.batch}: see more pairs, or take smaller batches.'),
+             (r.seed >= 0, f'seed is a whole number, at least 0, not {r.seed}.'),
              (r.lr > 0, f'lr is a learning rate above 0, not {r.lr}.'),
              (r.optimizer in ('adamw', 'muon'), f"optimizer is 'adamw' or 'muon', not {r.optimizer!r}."),
              (r.weight_decay >= 0 and r.clip_norm > 0, f'weight_decay is at least 0 and clip_norm above 0, not {r.weight_decay} and {r.clip_norm}.'),
@@ -72,7 +79,7 @@ def _check(r: Recipe):
              (len(r.betas) == 2 and all(0 <= b < 1 for b in r.betas), f'betas are two numbers from 0 to below 1, not {r.betas}.'),
              (len(r.weights) == 4 and min(r.weights) >= 0 and max(r.weights) > 0, f'weights are four numbers, for L_itc, L_sim, L_feat and L_hidn, none below 0 and not all 0, not {r.weights}.'),
              (0 <= r.ema < 1, f'ema is a decay from 0 to below 1, not {r.ema}.'),
-             (r.precision in ('fp32', 'bf16'), f"precision is 'fp32' or 'bf16', not {r.precision!r}: fp16 would need its losses scaled, bf16 does not."),
+             (r.precision in ('auto', 'fp32', 'bf16'), f"precision is 'auto', 'fp32' or 'bf16', not {r.precision!r}: fp16 would need its losses scaled, bf16 does not."),
              (r.diverged == 0 or r.diverged > 1, f'diverged is a factor above 1, or 0, not {r.diverged}.'),
              (r.micro >= 0 and r.workers >= 0, f'micro and workers are counts, at least 0, not {r.micro} and {r.workers}.'),
              (not (r.shard and r.optimizer == 'muon'), "muon needs whole matrices, and shard cuts them: take optimizer='adamw' or shard=False."))
@@ -147,10 +154,17 @@ class Guard:
         return self.bad >= self.patience
 
 # %% ../nbs/05e_loop.ipynb #d0610618
+def _of(pairs) -> list:
+    "What a run learns from, as far as it can be told without decoding: captions and names of a data set, the shards or the length of a stream"
+    if hasattr(pairs, 'streams'): return [_of(s) for s in pairs.streams]
+    if source := getattr(pairs, 'source', None): return [pairs.seed, getattr(source, 'length', None), [str(s).rsplit('/', 1)[-1] for s in getattr(source, 'shards', [])]]
+    if hasattr(pairs, '__len__') and hasattr(pairs, 'column_names'): return [list(pairs[c]) for c in ('captions', 'image_id') if c in pairs.column_names]
+    return [len(pairs)] if hasattr(pairs, '__len__') else []
+
 def run_key(clip: Clip, pairs, recipe: Recipe, teacher: Clip=None, world: World=World()) -> str:
-    "Names a run by its starting weights, its settings, its teacher and its first pair, so that a checkpoint is never taken up by another run"
+    "Names a run by its starting weights, its settings, its teacher, its first pair and what else it learns from, so that a checkpoint is never taken up by another run"
     row = next(iter(pairs)) if world.main else None
-    first = world.share(hashlib.sha256(json.dumps(row['captions']).encode() + row['image'].tobytes()).hexdigest() if row else None)   # a stream may give each process a first of its own
+    first = world.share(hashlib.sha256(json.dumps([row['captions'], _of(pairs)]).encode() + row['image'].tobytes()).hexdigest() if row else None)   # a stream may give each process a first of its own
     return hashlib.sha256((weights_hash(clip) + json.dumps(settings_that_matter(recipe)) + (weights_hash(teacher) if teacher else '') + first).encode()).hexdigest()[:16]
 
 # %% ../nbs/05e_loop.ipynb #6c8e179c
@@ -168,7 +182,7 @@ def write_checkpoint(folder: Path, key: str, state: dict, keep: int=2) -> Path:
     "Write the state of a step into place when it is whole, and drop all but the last `keep`"
     path = Path(folder)/f"{key}-{state['step']:09d}.pt"
     write_atomic(path, lambda f: torch.save(state, f))
-    for old in sorted(path.parent.glob(f'{key}-*.pt'))[:-keep]: old.unlink(missing_ok=True)
+    for old in (*sorted(path.parent.glob(f'{key}-*.pt'))[:-keep], *path.parent.glob(f'.{key}-*')): old.unlink(missing_ok=True)   # the latter: of writers that were killed
     return path
 
 # %% ../nbs/05e_loop.ipynb #6acbb24a
@@ -237,13 +251,14 @@ class Run:
         "The forward that all processes share, the step, and the optimizers"
         r, work, world = self.recipe, self.work, self.world
         work.model.train(); work.logit_scale.requires_grad_(not r.freeze_scale)
+        if not any(p.requires_grad for t in TOWERS for p in work.tower(t).parameters()): raise ValueError('Nothing of the model is trainable: every parameter has requires_grad=False.')
         forward = Forward(work, checkpoint_activations=r.checkpoint_activations)
         with drawn_from(0, device=world.device):
             for p in unreached(forward, work): p.requires_grad_(False)
         run = wrap(forward, work, world, r.shard)
         weights = r.weights if teacher else (1., 0., 0., 0.)
         loss = MopeLoss(weights, matched_layers(self.clip, teacher) if weights[3] else None, world.rank, world.size)
-        self.compute = Step(torch.compile(run) if r.compile else run, loss, Teacher(teacher) if teacher else None, r.micro, r.precision)
+        self.compute = Step(torch.compile(run) if r.compile else run, loss, Teacher(teacher) if teacher else None, r.micro, 'bf16' if r.precision == 'auto' and world.device.type == 'cuda' else r.precision)
         self.optimizers, self.ema = optimizers(work, r), Average(work.model, r.ema)
 
     def close(self):
@@ -271,7 +286,8 @@ def update(run: Run):
     "Change the weights by the gradients"
     set_lr(run.optimizers, run.recipe.lr_at(run.step, run.steps))
     for o in run.optimizers: o.step()
-    with torch.no_grad(): run.work.logit_scale.clamp_(0, math.log(100))
+    if not run.recipe.freeze_scale:
+        with torch.no_grad(): run.work.logit_scale.clamp_(0, math.log(100))
     run.step += 1; run.ema.update(run.step)
 
 # %% ../nbs/05e_loop.ipynb #855daf53
@@ -357,7 +373,7 @@ def fit(
             bad = [n for n, p in run.work.model.named_parameters() if not own_slice(p).isfinite().all()]
             if bad: raise FloatingPointError(f'The last step left {bad[0]} without a finite value: lower the learning rate; the last good checkpoint is {run.saved}.')
             if run.folder: save_run(run, place(run))
-        if getattr(pairs, 'broken', None): run.log(pairs.summary())          # of this process's share of a stream
+        for line in filter(None, run.world.collect(pairs.summary() if getattr(pairs, 'broken', None) else '')): run.log(line)   # each process has met a share of a stream
         result(run)
     finally: feed.close(); run.close()
     clip.history = run.world.share(run.history)
@@ -366,5 +382,5 @@ def fit(
 # %% ../nbs/05e_loop.ipynb #b0a6e2dc
 def _line(row: dict, run: Run, seconds: float) -> str:
     "A point of the curve in words; `seconds` a step"
-    recall = f"  recall {row['mean_recall']:.1f}" if 'mean_recall' in row else ''
+    recall = f"  validation recall {row['mean_recall']:.1f} %" if 'mean_recall' in row else ''
     return f"{row['pairs']:>8} of {run.steps*run.recipe.batch} pairs  loss {row['loss']:.3f}{recall}  {row['pairs_per_second']:.0f} pairs/s  {seconds*(run.steps - run.step)/60:.1f} min left"

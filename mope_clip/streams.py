@@ -56,14 +56,14 @@ def read_tar(
             def members():
                 for m in iter(tar.next, None):
                     tar.members = []                                      # or the list of all files stays in memory
-                    if m.isfile(): yield *re.match(r'(.*?[^/.]*)\.?([^/]*)$', m.name).groups(), m
+                    if m.isfile(): yield *re.match(r'(?s)(.*?[^/.]*)\.?([^/]*)$', m.name).groups(), m
             for k, (key, files) in enumerate(itertools.groupby(members(), key=lambda m: m[0])):
                 if k < skip: continue
                 sample = {ext.lower(): tar.extractfile(m).read() for _, ext, m in files}
                 yield f'{shard}/{key}', dict(sample, __key__=key); done = k + 1
             f.seek(tar.offset)
             if f.read(512) != bytes(512): raise tarfile.ReadError('no end mark, the shard is cut short or damaged')
-    except (OSError, EOFError, tarfile.TarError, ValueError) as e: yield f'{shard}, sample {done}', e
+    except Exception as e: yield f'{shard}, sample {done}', e     # whatever a damaged shard or a lost connection raises: named and counted
 
 # %% ../nbs/00e_streams.ipynb #f39ccdc0
 IMG2DATASET = dict(image='jpg;jpeg;png;webp', captions='txt', image_id='__key__')   # columns of a shard, as in `pick`
@@ -185,7 +185,7 @@ class Stream(torch.utils.data.IterableDataset):
         "Go on from a place: that of this process, or a list with those of all processes, whose number may have been another"
         states = state if isinstance(state, (list, tuple)) else [state]
         mine, places = self.state_dict(), {l: p for s in states for l, p in s['lanes'].items()}
-        if any(s['of'] != mine['of'] for s in states): raise ValueError(f"{self.name}: the saved place is of {states[0]['of']} (shards or rows, lanes, seed), and this stream has {mine['of']}: use the same data, `lanes` and `seed`.")
+        if any(s['of'] != mine['of'] for s in states): raise ValueError(f"{self.name}: the saved place is of {states[0]['of']} (shards or rows, lanes, seed), and this stream has {mine['of']}: use the same data and seed, and lanes={states[0]['of'][1]} (as many as were read from; the number of processes must divide it).")
         if not set(mine['lanes']) <= set(places): raise ValueError(f'{self.name}: the saved place lacks lanes of this process: pass the places of all processes as a list.')
         if states[0]['rows'] % self.world: raise ValueError(f"{self.name}: {states[0]['rows']} pairs cannot be divided among {self.world} processes.")
         self.start = self._copy(dict(rows=states[0]['rows'], lanes={l: places[l] for l in mine['lanes']}, broken=states[0]['broken']))
@@ -285,7 +285,7 @@ def scene_source(
 # %% ../nbs/00e_streams.ipynb #ee60aebb
 class InTurn:
     "A stream that takes a pair of each of several streams in turn"
-    def __init__(self, streams: list): self.streams, self.turn = streams, 0
+    def __init__(self, streams: list): self.streams, self.turn, self.rank, self.world = list(streams), 0, streams[0].rank, streams[0].world   # each process reads its share of every stream
     def __iter__(self):
         readers = [iter(s) for s in self.streams]
         while True:
@@ -293,4 +293,11 @@ class InTurn:
             yield next(readers[k])
     def set_epoch(self, epoch: int): self.turn = 0; [s.set_epoch(epoch) for s in self.streams]
     def state_dict(self) -> dict: return dict(turn=self.turn, streams=[s.state_dict() for s in self.streams])
-    def load_state_dict(self, state: dict): self.turn = state['turn']; [s.load_state_dict(x) for s, x in zip(self.streams, state['streams'])]
+    def load_state_dict(self, state):
+        "Go on from a place: that of this process, or a list with those of all processes"
+        states = state if isinstance(state, (list, tuple)) else [state]
+        self.turn = states[0]['turn']
+        for k, s in enumerate(self.streams): s.load_state_dict([x['streams'][k] for x in states])
+    @property
+    def broken(self) -> list: return [b for s in self.streams for b in s.broken]
+    def summary(self) -> str: return '; '.join(s.summary() for s in self.streams)
