@@ -111,6 +111,8 @@ def checked(
         name, reason = next(iter(bad.items()))
         raise ValueError(f"{len(bad)} of {len(data)} {known['split']} images of {known['task']} cannot be read: {_few(bad)} ({name}: {reason}). "
                          'Get them again, or leave them out with `skip_unreadable=True`.')
+    if 'captions' in data.column_names and (mute := [name for name, c in zip(names, data['captions']) if not c]):
+        raise ValueError(f"{len(mute)} of {len(data)} {known['split']} images of {known['task']} have no caption ({_few(mute)}): take them out of the file, or give them one.")
     if bad: data = data.select([i for i, name in enumerate(names) if name not in bad])
     if 'captions' in data.column_names: known |= dict(captions=sum(map(len, data['captions'])), fewer=sum(len(c) < 5 for c in data['captions']))
     known |= dict(images=len(data), unreadable=list(bad), checked=check)
@@ -146,7 +148,13 @@ def load_karpathy(
     root = _karpathy_root(task, root)
     try: listed = json.loads((root/KARPATHY[task][0]).read_text())['images']
     except (ValueError, KeyError, TypeError): raise ValueError(f'{root/KARPATHY[task][0]} is not the Karpathy file (JSON with a list `images`): it may be damaged, so download it again.') from None
-    rows = [r for r in listed if r['split'] in WANT[split]][:n]
+    rows, where = [], f'{root/KARPATHY[task][0]} is not the Karpathy file: its list `images`'
+    if not isinstance(listed, list): raise ValueError(f'{where} is no list. It may be damaged, so download it again.')
+    for k, r in enumerate(listed):
+        try: good = isinstance(r['split'], str) and isinstance(r['filename'], str) and all(isinstance(s['raw'], str) for s in r['sentences'])
+        except (KeyError, TypeError): good = False
+        if not good: raise ValueError(f'{where} has an entry {k} without split, filename or sentences: {str(r)[:80]}. It may be damaged, so download it again.')
+        if r['split'] in WANT[split] and (n is None or len(rows) < n): rows.append(r)
     if not rows: raise ValueError(f'{root/KARPATHY[task][0]} holds no image of the {split} split: is it the Karpathy file?')
     paths = [_karpathy_image(root, task, r) for r in rows]
     missing = [p for p in paths if not p.is_file()]
