@@ -12,7 +12,8 @@ from pathlib import Path
 import pandas as pd
 
 from .clip import load_clip, prune, weights_hash
-from .data import load_labelled, load_pairs, stream_pairs, write_atomic
+from .data import load_labelled, load_pairs, stream_pairs, suites, write_atomic
+from .files import refuse_foreign
 from .distill import STAGES, distill, teacher_for
 from .evaluate import cost, latency, retrieval, zero_shot
 from .export import export_onnx, to_hf, to_open_clip
@@ -21,7 +22,7 @@ from .page import report_all, write_page
 from .page import report_all, write_page
 from .parallel import processes
 from .pruners import BUDGETS, plan, say_cost
-from .report import keep_outputs, repo_root, report, run_notebook, write_index, write_readme
+from .report import keep_outputs, repo_root, report, run_notebook, scale_parameters, write_index, write_readme
 from .spec import TOWERS, read_spec
 
 # %% ../nbs/07_cli.ipynb #b8461eaa
@@ -39,7 +40,7 @@ def _data(s: argparse.ArgumentParser, split: str, images: int):
     s.add_argument('--task', default='openmoji', help="'openmoji', 'openmoji-street', 'coco', 'flickr30k'")
     s.add_argument('--data-root', help='folder of a data set on disk; where it is not given, data/TASK')
     s.add_argument('--split', default=split, help="'train', 'validation' or 'test'")
-    s.add_argument('--images', type=int, default=images, help='number of images, each with all of its captions')
+    if images: s.add_argument('--images', type=int, default=images, help='number of images, each with all of its captions')
 
 # %% ../nbs/07_cli.ipynb #9fcb0103
 def _add_score(sub):
@@ -59,7 +60,7 @@ def _score(a) -> str:
     "Scores into a Parquet table"
     out, clip = Path(a.out).expanduser(), load_clip(a.model, a.pretrained, a.device)
     pairs = load_pairs(a.task, a.split, a.images, a.data_root)
-    options = {k: getattr(a, k) for k in ('z', 'groups', 'batch', 'precision', 'allow_test')} if a.metric == 'mope' else dict(groups=a.groups)
+    options = {k: getattr(a, k) for k in ('z', 'groups', 'batch', 'precision', 'allow_test')}     # a metric takes those that it has
     table = score_by(a.metric, clip, pairs, towers=tuple(a.towers), modules=tuple(a.modules), store=out.with_suffix(''), **options)
     write_atomic(out, lambda f: table.to_parquet(f))
     return f'{len(table)} modules scored by {a.metric}\nscores:  {out}'
@@ -85,13 +86,18 @@ def _add_prune(sub):
 def _prune(a) -> str:
     "A smaller model, from scores and a budget or from a specification"
     clip = load_clip(a.model, a.pretrained, a.device)
-    if a.spec: spec = read_spec(a.spec); print(say_cost(clip, spec))
+    if Path(a.out).expanduser().resolve() == Path(a.model).expanduser().resolve(): raise ValueError('--out is the model itself, which would be lost: choose another folder.')
+    if a.spec:
+        if any(getattr(a, k) is not None for k in BUDGETS): raise ValueError(f"A specification says what stays: leave out {', '.join('--' + k for k in BUDGETS)}.")
+        spec = read_spec(a.spec); print(say_cost(clip, spec))
     else:
         if not Path(a.scores).expanduser().is_file(): raise FileNotFoundError(f'There is no table {a.scores}: make it with `mope score`.')
         scores = pd.read_parquet(a.scores)
+        if odd := {'tower', 'module', 'layer', 'index', 'neurons', 'score'} - set(scores): raise ValueError(f"{a.scores} is no table of scores, it lacks {', '.join(sorted(odd))}: make it with `mope score`.")
         if scores.attrs.get('mope', {}).get('model') != weights_hash(clip): print('note: these scores are of a model with other weights')
         spec = plan(scores, clip, **{k: getattr(a, k) for k in BUDGETS}, keep_depth=a.keep_depth, rank=a.rank, floor=a.floor, multiples=tuple(a.multiples), embeddings=not a.no_embeddings)
     if a.dry_run: return 'nothing was removed'
+    refuse_foreign(a.out)
     prune(clip, spec).save(a.out)
     return f'model:   {a.out}'
 
@@ -107,14 +113,20 @@ def _add_distill(sub):
     s.add_argument('--lr', type=float, help='peak learning rate; where it is not given, that of the stage')
     s.add_argument('--seed', type=int, default=0, help='of the order and of the captions')
     s.add_argument('--every', type=int, default=50, help='steps between two lines of the log')
+    s.add_argument('--micro', type=int, default=0, help='pairs a forward in each process, so that less memory is needed (default: 0, the whole batch)')
+    s.add_argument('--precision', default='auto', choices=('auto', 'fp32', 'bf16'), help="of the forwards (default: auto, bf16 on a GPU)")
+    s.add_argument('--workers', type=int, default=0, help='threads that read and decode ahead (default: 0)')
+    s.add_argument('--checkpoint-activations', action='store_true', help='compute activations again in the backward: less memory, a third more time')
+    s.add_argument('--checkpoint-every', type=int, default=50, help='steps between two checkpoints, one a minute at least (default: 50)')
     s.add_argument('--out', default='student', help='folder of the result; checkpoints are kept in OUT-run')
 
 def _distill(a) -> str:
     "Recovery into a folder"
+    refuse_foreign(a.out)                                                 # now, and not after hours
     student, teacher = load_clip(a.model, a.pretrained, a.device), teacher_for(a.task, a.teacher or '', a.teacher_pretrained or '')
-    pairs = stream_pairs(a.task, a.split, root=a.data_root)
-    settings = {k: v for k in ('pairs_seen', 'batch', 'lr', 'seed') if (v := getattr(a, k)) is not None}
-    student = distill(student, teacher, pairs, a.stage, folder=f'{a.out}-run', every=a.every, **settings)
+    pairs = stream_pairs(a.task, a.split, root=a.data_root, seed=a.seed)
+    settings = {k: v for k in ('pairs_seen', 'batch', 'lr', 'seed', 'micro', 'precision', 'workers', 'checkpoint_activations', 'checkpoint_every') if (v := getattr(a, k)) is not None}
+    student = distill(student, teacher, pairs, a.stage, folder=Path(a.out).with_name(Path(a.out).name + '-run'), every=a.every, **settings)
     if processes(student.device).main: student.save(a.out)                # under torchrun, one process writes
     return f'model:   {a.out}'
 
@@ -131,6 +143,8 @@ def _add_evaluate(sub):
 def _evaluate(a) -> str:
     "All numbers of a model, printed and written"
     clip, found = load_clip(a.model, a.pretrained, a.device), {}
+    for suite in a.suites: load_labelled(suite, a.split, 1 if suite in suites() else a.images, a.data_root, check=False)   # a misspelt one is said now
+    if a.out: Path(a.out).expanduser().parent.mkdir(parents=True, exist_ok=True)
     if not a.no_retrieval: found[f'retrieval {a.task} {a.split}'] = retrieval(clip, load_pairs(a.task, a.split, a.images, a.data_root), a.batch)
     for suite in a.suites: found[f'zero-shot {suite} {a.split}'] = zero_shot(clip, load_labelled(suite, a.split, a.images, a.data_root), batch=a.batch)
     found['cost'] = cost(clip)
@@ -148,6 +162,7 @@ def _add_export(sub):
 
 def _export(a) -> str:
     "A folder that another library reads"
+    refuse_foreign(a.out)
     clip = load_clip(a.model, a.pretrained, a.device)
     if a.format == 'onnx':
         if a.pad: raise ValueError('--pad is for open_clip and hf: ONNX has room for uneven models.')
@@ -170,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
         what = s.add_mutually_exclusive_group(required=True) if name == 'report' else s
         what.add_argument('name', nargs='?' if name == 'report' else None, help='the notebook without its ending, e.g. 20_finetune')
         s.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), help='a parameter of the notebook; may be given many times')
-    s.add_argument('--scale', default='full', help="size of the run: 'full' (the defaults), or a section of the notebook's YAML file such as 'smoke' (default: full)")
+        s.add_argument('--scale', default='full', help="size of the run: 'full' (the defaults), or a section of the notebook's YAML file such as 'smoke' (default: full)")
     what.add_argument('--all', action='store_true', help='every report that is stale or missing, in order; says how long it will take, and goes on where it was stopped')
     sub.add_parser('index', help='write reports/README.md, reports/index.html, the rendered notebooks and reports/runs.csv')
     s = sub.add_parser('lessons', help='run the notebooks of the library and keep in them what their cells show')
@@ -209,14 +224,14 @@ def main(
     "The `mope` command"
     a = _parser().parse_args(argv)
     try:
-        if a.command == 'run': _run(a.name, {k: _value(v) for k, v in a.p})
+        if a.command == 'run': _run(a.name, {**scale_parameters(a.name, a.scale), **{k: _value(v) for k, v in a.p}})
         elif a.command == 'report': print(_report(a))
         elif a.command == 'index': print(write_index(), write_page(), sep='\n')
         elif a.command == 'lessons':
             for name in a.names or sorted(p.stem for p in (repo_root()/'nbs').glob('0*.ipynb')): print(keep_outputs(name), flush=True)
         elif a.command == 'readme': print(write_readme(a.check))
         else: print(a.do(a))
-    except (ValueError, FileNotFoundError, ImportError, RuntimeError) as e:
+    except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as e:
         print(f'mope: {e}', file=sys.stderr)
         return 1
     return 0

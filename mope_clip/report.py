@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CREDIT', 'repo_root', 'run_dir', 'check_parameters', 'check_choice', 'check_positive', 'source_hash', 'code_hash',
            'provenance', 'fingerprint', 'measure', 'Results', 'theme', 'save_table', 'save_figure', 'plot_scores',
-           'plot_scores_with_errors', 'plot_curve', 'plot_retrieved', 'size_table', 'run_notebook', 'report',
-           'longest_run', 'keep_outputs', 'write_index', 'headline', 'write_readme']
+           'plot_scores_with_errors', 'plot_curve', 'plot_retrieved', 'size_table', 'run_notebook', 'scale_parameters',
+           'report', 'longest_run', 'keep_outputs', 'write_index', 'headline', 'write_readme']
 
 # %% ../nbs/06_report.ipynb #a70dd918
 import ast, difflib, hashlib, json, os, platform, re, resource, shutil, subprocess, sys, tempfile, time
@@ -33,6 +33,7 @@ def run_dir(
     name: str,       # of the notebook, e.g. '20_finetune'
     task: str,
     out_dir: str='', # the reader's choice; empty: `runs/<name>-<task>`
+    parameters: dict=None, # of the run: a folder that was not chosen and holds a run with others is refused
 ) -> Path:           # exists and can be written
     "The folder of a run, or one sentence on why it cannot be used"
     folder = Path(out_dir).expanduser() if out_dir else repo_root()/'runs'/f'{name}-{task}'
@@ -40,6 +41,10 @@ def run_dir(
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder): pass
     except OSError as e: raise ValueError(f'out_dir {folder} cannot be written ({e.strerror}): choose another folder with -p out_dir.') from None
+    if parameters and not out_dir and (folder/'results.json').is_file():
+        was = json.loads((folder/'results.json').read_text())['parameters']
+        if odd := [f'{k} {was.get(k)!r}' for k, v in parameters.items() if k != 'out_dir' and was.get(k) != v]:
+            raise ValueError(f'{folder} holds a finished run with {", ".join(odd)}, which this one would overwrite: name a folder of its own with -p out_dir, or delete that one.')
     return folder.absolute()
 
 # %% ../nbs/06_report.ipynb #657cba0e
@@ -363,21 +368,29 @@ def run_notebook(
     return out
 
 # %% ../nbs/06_report.ipynb #1c47a532
+def scale_parameters(
+    name: str,         # of a template in `nbs/`
+    scale: str='full', # 'full' (the defaults), or a section of the template's YAML file
+) -> dict:
+    "The parameters of a scale; `ValueError` for a notebook or a scale that is not there"
+    import yaml
+    path = repo_root()/'nbs'/f'{name}.yaml'
+    if not path.with_suffix('.ipynb').is_file(): raise ValueError(f"There is no notebook {name!r}: choose one of {', '.join(sorted(p.stem for p in (repo_root()/'nbs').glob('[1-9]*.ipynb')))}.")
+    scales = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    if scale not in ('full', *scales): raise ValueError(f"{name} has no scale {scale!r}: choose one of {', '.join(dict.fromkeys(('full', *scales)))}.")
+    return scales.get(scale) or {}
+
 def report(
     name: str,             # of a template in `nbs/`
     scale: str='full',     # 'full' (the defaults), 'smoke' or 'paper': a section of the template's YAML file
     **parameters,          # override both
 ) -> Path:                 # the report's folder
     "Run a template and store it with its results and figures, without weights: in `reports/<name>/`, or beside its run where scale or parameters are others"
-    import yaml
-    path = repo_root()/'nbs'/f'{name}.yaml'
-    if not (repo_root()/'nbs'/f'{name}.ipynb').is_file(): raise ValueError(f"There is no notebook {name!r}: choose one of {', '.join(sorted(p.stem for p in (repo_root()/'nbs').glob('[1-9]*.ipynb')))}.")
-    scales = yaml.safe_load(path.read_text()) if path.is_file() else {}
-    if scale not in ('full', *scales): raise ValueError(f"{name} has no scale {scale!r}: choose one of {', '.join(dict.fromkeys(('full', *scales)))}.")
+    own = scale_parameters(name, scale)
     work = repo_root()/'runs'/f'{name}-{scale}'                  # kept: a run that is cut off goes on from what it finished
     official = scale == 'full' and not parameters                # with parameters of one's own it is another report, which must not take the place of this one
     folder, started = repo_root()/'reports'/name if official else work/'report', time.time()
-    out = run_notebook(name, work/f'{name}.ipynb', {**(scales.get(scale) or {}), **parameters, 'out_dir': str(work)})
+    out = run_notebook(name, work/f'{name}.ipynb', {**own, **parameters, 'out_dir': str(work)})
     longest = longest_run(json.loads((folder/'results.json').read_text())) if (folder/'results.json').is_file() else 0
     made = [p for p in work.iterdir() if p.suffix in ('.ipynb', '.json', '.png', '.csv', '.svg', '.tex') and p.stat().st_mtime >= started - 1]
     shutil.rmtree(folder, ignore_errors=True); folder.mkdir(parents=True)
