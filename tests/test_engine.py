@@ -102,7 +102,8 @@ def test_coca_is_refused_by_name():
 
 
 WORKER = '''
-import sys
+import os, sys
+def say(line): os.write(1, (line + '\\n').encode())   # in one piece: the lines of two processes share a pipe
 from mope_clip.clip import tiny_clip
 from mope_clip.data import synth_pairs
 from mope_clip.metrics import mope
@@ -110,10 +111,10 @@ import mope_clip.metrics as M
 if len(sys.argv) > 2:   # slow enough to be killed in the middle, and to share
     import time
     one = M.one_layer
-    def slow(*a, **k): time.sleep(float(sys.argv[2])); print('layer', flush=True); return one(*a, **k)
+    def slow(*a, **k): time.sleep(float(sys.argv[2])); say('layer'); return one(*a, **k)
     M.one_layer = slow
 mope(tiny_clip(), synth_pairs(24, captions=3), groups=4, store=sys.argv[1])
-print('finished', flush=True)
+say('finished')
 '''
 
 
@@ -135,7 +136,7 @@ def test_two_processes_share_and_give_the_same_table(tmp_path):
 
 def test_two_ranks_of_torchrun_share_and_give_the_same_table(tmp_path):
     "No collectives: the ranks claim layers from the store. `accelerate launch --cpu` silently starts one process, so the workers say that they are two"
-    (tmp_path/'worker.py').write_text("import os\nassert os.environ['WORLD_SIZE'] == '2'\nprint('rank', os.environ['RANK'], flush=True)\n" + WORKER)
+    (tmp_path/'worker.py').write_text(WORKER.replace('if len', "assert os.environ['WORLD_SIZE'] == '2'\nsay('rank ' + os.environ['RANK'])\nif len", 1))
     r = run(sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--nproc_per_node=2', tmp_path/'worker.py', tmp_path/'store', .5, ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1', timeout=200)
     said = r.stdout.split()
     assert said.count('rank') == 2 and {'0', '1'} <= set(said) and said.count('finished') == 2, r.stderr[-2000:]
