@@ -18,11 +18,10 @@ from .distill import STAGES, distill, teacher_for
 from .evaluate import cost, latency, retrieval, zero_shot
 from .export import export_onnx, to_hf, to_open_clip
 from .metrics import METRICS, MODULES, score_by
-from .page import report_all, write_page
-from .page import report_all, write_page
+from .page import report_all, waiting, write_page
 from .parallel import processes
 from .pruners import BUDGETS, plan, say_cost
-from .report import keep_outputs, repo_root, report, run_notebook, scale_parameters, write_index, write_readme
+from .report import keep_outputs, recheck, repo_root, report, run_notebook, scale_parameters, write_index, write_readme
 from .spec import TOWERS, read_spec
 
 # %% ../nbs/07_cli.ipynb #b8461eaa
@@ -190,6 +189,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_parser('index', help='write reports/README.md, reports/index.html, the rendered notebooks and reports/runs.csv')
     s = sub.add_parser('lessons', help='run the notebooks of the library and keep in them what their cells show')
     s.add_argument('names', nargs='*', metavar='NAME', help='notebooks without their ending, e.g. 03_metrics (default: all of the library)')
+    s = sub.add_parser('recheck', help='show that stale reports still say what the code finds: equal at smoke size by the code of their run and by today\'s')
+    s.add_argument('names', nargs='*', metavar='NAME', help='reports (default: all that are stale)')
     s = sub.add_parser('readme', help='write README.md from nbs/index.ipynb')
     s.add_argument('--check', action='store_true', help='change nothing; exit with 1 where the file is out of date')
     for add in (_add_score, _add_prune, _add_distill, _add_evaluate, _add_export): add(sub)
@@ -218,6 +219,14 @@ def _report(a) -> str:
     return str(repo_root()/'reports'/'index.html')
 
 # %% ../nbs/07_cli.ipynb #2f1d44c4
+def _recheck(names: list) -> str:
+    "Reports rechecked one by one; what does not pass is said, and stops no other"
+    for name in names or list(waiting()):
+        try: print(f'{name}: rechecked, {recheck(name)}', flush=True)
+        except (ValueError, RuntimeError) as e: print(f'{name}: {e}', flush=True)
+    write_index()
+    return str(write_page())
+
 def main(
     argv: list=None, # None: of the process
 ) -> int:            # exit code
@@ -229,6 +238,7 @@ def main(
         elif a.command == 'index': print(write_index(), write_page(), sep='\n')
         elif a.command == 'lessons':
             for name in a.names or sorted(p.stem for p in (repo_root()/'nbs').glob('0*.ipynb')): print(keep_outputs(name), flush=True)
+        elif a.command == 'recheck': print(_recheck(a.names))
         elif a.command == 'readme': print(write_readme(a.check))
         else: print(a.do(a))
     except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as e:

@@ -19,7 +19,7 @@ import pandas as pd
 from PIL import Image
 
 from .files import first_line, write_atomic
-from .report import CREDIT, code_hash, headline, longest_run, repo_root, report
+from .report import CREDIT, headline, longest_run, repo_root, report, state_of
 
 # %% ../nbs/06b_page.ipynb #51ae2769
 CLAIMS = {  # of the paper's abstract, in our words
@@ -79,7 +79,7 @@ class Entry:
     name: str
     title: str
     purpose: str
-    state: str    # 'fresh', 'stale' (its code changed since the run) or 'not run yet'
+    state: str    # 'fresh', 'rechecked', 'stale' (see `state_of`) or 'not run yet'
     results: dict # None: not run yet
 
     @property
@@ -89,7 +89,7 @@ def entries(
 ) -> list: # of `Entry`, in order of their numbers
     "Every report and every notebook that could become one"
     found = {n: results_of(n) for n in names()}
-    return [Entry(n, *title(n), 'not run yet' if r is None else 'fresh' if r['provenance']['code_hash'] == code_hash(n) else 'stale', r) for n, r in found.items()]
+    return [Entry(n, *title(n), 'not run yet' if r is None else state_of(r), r) for n, r in found.items()]
 
 # %% ../nbs/06b_page.ipynb #7db291c5
 STYLE = '''
@@ -270,7 +270,7 @@ def _report(e: Entry) -> str:
     "A report on the index: figure, claims, command, provenance"
     parts = ', '.join(f'<a href="#claim-{c}">claim {c}</a>' for c in speaks_to(e.name))
     return (f'<article id="{e.name}" aria-labelledby="{e.name}-title">\n<h3 id="{e.name}-title">{escape(e.title)}</h3>\n<p>{escape(e.purpose)}</p>\n'
-            f'<p class="soft"><span class="state {"yes" if e.state == "fresh" else "no"}">{e.state}</span> {e.name}{f", speaks to {parts}" if parts else ""}</p>\n' + _figure(e)
+            f'<p class="soft"><span class="state {dict(fresh="yes", rechecked="open").get(e.state, "no")}">{e.state}</span> {e.name}{f", speaks to {parts}" if parts else ""}</p>\n' + _figure(e)
             + f'<ul class="plain">{"".join(map(_claim, e.claims))}</ul>\n'*bool(e.claims)
             + f'<p>Read <a href="{e.name}/{e.name}.html">the executed notebook: {escape(e.title)}</a>. Made again by <code>mope report {e.name}</code>.</p>\n' + _provenance(e) + '</article>\n')
 
@@ -308,7 +308,7 @@ READING = '''<h2 id="reading">How to read this page</h2>
 <li>Ways to choose what goes: <strong>mope</strong>; <strong>magnitude</strong> of weights; <strong>taylor</strong>, by gradients; <strong>masks</strong>, learned by a search; <strong>unimodal</strong>, the drop of one tower's own embeddings; <strong>every_other</strong> layer and the first heads (manual inheritance); <strong>random</strong>. <strong>scratch</strong>: a small model with random weights, trained without the teacher.</li>
 <li>Where a rule says one seed, its interval is over images only: it does not hold the luck of a random choice or of a training.</li>
 <li>The number is what the rule speaks of, with its interval in brackets where it has one; all digits are in the report's results.</li>
-<li><strong>fresh</strong>: the notebook and the library code that it reaches are those of the run. <strong>stale</strong>: some of it changed since, so that the command might find other numbers. This was so when the page was written, by <code>mope index</code>; <code>mope report --all</code> makes anew what is stale or missing.</li>
+<li><strong>fresh</strong>: the notebook and the library code that it reaches are those of the run. <strong>stale</strong>: some of it changed since, so that the command might find other numbers. <strong>rechecked</strong>: some of it changed since, and at smoke size the code of the run and that of <code>mope recheck</code> find the same numbers to the last bit. This was so when the page was written, by <code>mope index</code>; <code>mope report --all</code> makes anew what is stale or missing.</li>
 <li>Every run of every report is a row of <a href="runs.csv">runs.csv</a>; the reports as a list: <a href="README.md">README.md</a>.</li></ul>
 '''
 
@@ -317,7 +317,7 @@ def index_page(
     "The page over all reports"
     found = entries()
     ran, new, states = [e for e in found if e.results], [e for e in found if not e.results], Counter(e.state for e in found)
-    said = f'<p>{len(ran)} of {len(found)} reports were run: {states["fresh"]} fresh, {states["stale"]} stale. Their rules: {tally([c for e in ran for c in e.claims])}. <a href="#reading">How to read this page</a>.</p>\n'
+    said = f'<p>{len(ran)} of {len(found)} reports were run: {", ".join(f"{states[s]} {s}" for s in ("fresh", "rechecked", "stale") if states[s] or s != "rechecked")}. Their rules: {tally([c for e in ran for c in e.claims])}. <a href="#reading">How to read this page</a>.</p>\n'
     claims = '<h2 id="claims">The claims of the paper</h2>\n' + ''.join(_evidence(n, found) for n in CLAIMS) + '<h3 id="beside">Beside the claims</h3>\n<p>The teachers that everything starts from, and what the paper does not claim: what each loss adds, what things cost, how much is noise, where importance lies.</p>\n' + _list([e for e in found if not speaks_to(e.name)])
     missing = '<h2 id="missing">Not run yet</h2>\n<ul>' + ''.join(f'<li id="{e.name}">{escape(e.title)}: {escape(e.purpose)} <code>mope report {e.name}</code></li>\n' for e in new) + '</ul>\n'
     return document('What MoPE-CLIP claims, measured', INTRO + said + claims + f'<h2 id="overview">All reports in a table</h2>\n{_overview(ran)}<h2 id="reports">Reports</h2>\n' + ''.join(map(_report, ran)) + missing*bool(new) + READING, footer=f'<p>{CREDIT}.</p>')
@@ -352,7 +352,7 @@ def write_page(
 def waiting(
 ) -> dict: # name -> seconds of its longest run on record; None: not run yet
     "Reports that are stale or missing, in order of their numbers"
-    return {e.name: e.results and longest_run(e.results) for e in entries() if e.state != 'fresh' and (repo_root()/'nbs'/f'{e.name}.ipynb').is_file()}
+    return {e.name: e.results and longest_run(e.results) for e in entries() if e.state in ('stale', 'not run yet') and (repo_root()/'nbs'/f'{e.name}.ipynb').is_file()}
 
 # %% ../nbs/06b_page.ipynb #a9371db7
 def report_all(

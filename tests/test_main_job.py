@@ -53,6 +53,8 @@ BAD = dict(
     unknown_name=(dict(kepp_width=.5), "Unknown parameter 'kepp_width', did you mean 'keep_width'"),
     wrong_type=(dict(groups='many'), 'groups must be of type int'),
     unknown_task=(dict(task='imagenet'), "task is 'imagenet'"),
+    rate=(dict(lr=-1.), 'lr is a learning rate above 0'),
+    less_than_a_batch=(dict(pairs_depth=4), 'pairs_seen is 4, less than one batch of 64'),
     keep_out_of_range=(dict(keep_width=1.5), 'above 0 and at most 1, not 1.5'),
     coco_without_data=(dict(task='coco'), 'dataset_coco.json'),
     data_root_missing=(dict(task='flickr30k', data_root='no/such/folder'), 'no/such/folder does not exist'),
