@@ -327,26 +327,28 @@ def mope(
     place = _place(task, store, options)
     def every(rewire): todo = modules_of(clip, pairs, towers, modules, groups, rewire, task.x['vision']); return _together(todo) if together and 'ffn' in modules else todo
     plain = every(False)
-    _say_cost(task, {k: v for k, v in plain.items() if not (place and _row_file(place, k).is_file())}, log, rewire and 'ffn' in modules and not (place and (place/'modules.json').is_file()))
-    rows = _score_all(task, _agreed(place, lambda: every(True)) if rewire else plain, place, memory)
+    _say_cost(task, {k: v for k, v in plain.items() if not (place and _row_file(place, k).is_file())}, log, rewire and 'ffn' in modules and not (place and all(_module_file(place, t).is_file() for t in towers)))
+    rows = _score_all(task, _agreed(place, towers, lambda: every(True)) if rewire else plain, place, memory)
     table = _table(rows, clip, **options, **task.made_by, key=_key(task, options), z_dense=task.z_dense(place))
     if diffs: table['diffs'] = [r['diffs'] for r in rows]
     return table
 
 # %% ../nbs/03_metrics.ipynb #7ac64146
 def _row_file(store: Path, k: tuple) -> Path: return store/f'{k[0]}-{k[1]}.parquet'   # of a finished layer
+def _module_file(store: Path, t: str) -> Path: return store/f'{t}-modules.json'        # of a tower
 
-def _agreed(store, make) -> dict:
-    "The modules of a task, decided once for all runs and processes of a store: neurons of nearly equal rank may change places from machine to machine"
+def _agreed(store, towers: tuple, make) -> dict:
+    "The modules of these towers, decided once for all runs and processes of a store: neurons of nearly equal rank may change places from machine to machine"
     if store is None: return make()
     from filelock import FileLock
     store.mkdir(parents=True, exist_ok=True)
-    path = store/'modules.json'
     with FileLock(store/'modules.lock'):
-        if not path.is_file():
-            made = json.dumps([[*k, wanted, split if isinstance(split, list) else list(split.items())] for k, (wanted, split) in make().items()])
-            write_atomic(path, lambda f: f.write(made.encode()))
-        found = json.loads(path.read_text())
+        if new := [t for t in towers if not _module_file(store, t).is_file()]:
+            made = make()
+            for t in new:
+                text = json.dumps([[*k, wanted, split if isinstance(split, list) else list(split.items())] for k, (wanted, split) in made.items() if k[0] == t])
+                write_atomic(_module_file(store, t), lambda f: f.write(text.encode()))
+        found = [row for t in towers for row in json.loads(_module_file(store, t).read_text())]
     return {(t, l): ([tuple(w) for w in wanted], dict(split) if l == 'all' else split) for t, l, wanted, split in found}
 
 def _score_all(task: Scored, todo: dict, store=None, memory: float=4e9) -> list:

@@ -177,7 +177,7 @@ def race(
 def _race(task: Scored, place, options: dict, what: tuple, log) -> pd.DataFrame:
     "The table of a race that nobody else runs, kept when it is whole"
     _say_cost(task, modules_of(*what[:5], False), log, what[5] and 'ffn' in what[3])
-    every, o = _agreed(place, lambda: modules_of(*what)), options
+    every, o = _agreed(place, what[2], lambda: modules_of(*what)), options
     blocks = _Blocks(task, o['gallery'], o['seed'], place)
     rows = _run_race(blocks, every, o['keep'], o['rank'], o['confidence'], o['first'], o['seed'], log)
     table = _table(rows, task.clip, **options, **task.made_by, macs=blocks.macs)
