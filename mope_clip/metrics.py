@@ -488,7 +488,7 @@ def taylor(
     batch: int=64,       # pairs that the contrastive loss compares at a time
     allow_test: bool=False,
 ) -> pd.DataFrame:       # score: |weight x gradient|, in units of the contrastive loss (nats)
-    "First-order Taylor scores of heads and neurons (the form of DynaBERT's re-implementation, paper.md's section 2); a layer is the sum of its heads and neurons"
+    "First-order Taylor scores of heads and neurons (DynaBERT's form, as a re-implementation of MoPE-CLIP has it); a layer is the sum of its heads and neurons"
     known = _looks_at(clip, pairs, towers, allow_test)
     c = _gradients(clip, pairs, batch)
     return _others(c, towers, groups, lambda t, l, b: _head_taylor(b), lambda t, l, b: _neuron_taylor(b), lambda t, l, b: _head_taylor(b).sum() + _neuron_taylor(b).sum(), metric='taylor', **known)
