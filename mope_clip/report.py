@@ -354,6 +354,7 @@ def run_notebook(
 ) -> Path:
     "Execute a template with parameters; `out` appears only when it finished"
     import papermill
+    from nbclient.exceptions import DeadKernelError
     path, out = repo_root()/'nbs'/f'{name}.ipynb', Path(out)
     if not path.is_file(): raise ValueError(f"There is no notebook {name!r}: choose one of {', '.join(sorted(p.stem for p in (repo_root()/'nbs').glob('[1-9]*.ipynb')))}.")
     known = _template_parameters(path)
@@ -362,6 +363,7 @@ def run_notebook(
     check_parameters(space)
     with tempfile.TemporaryDirectory() as tmp:
         try: papermill.execute_notebook(str(path), f'{tmp}/out.ipynb', parameters=parameters, kernel_name='python3', progress_bar=False, execution_timeout=timeout, stdout_file=stdout, cwd=str(repo_root()))
+        except DeadKernelError: raise RuntimeError("The notebook's process was killed, often for lack of memory (a smaller batch needs less): the same command goes on from what is finished.") from None
         except papermill.PapermillExecutionError as e:
             kind = dict(ValueError=ValueError, FileNotFoundError=FileNotFoundError, ImportError=ImportError).get(e.ename, RuntimeError)
             raise kind(f'{e.evalue}' if kind is not RuntimeError else f'cell {e.exec_count} of {name} raised {e.ename}: {e.evalue}') from None
