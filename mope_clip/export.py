@@ -107,7 +107,7 @@ class _Attention(nn.Module):
         return a.out_proj(torch.onnx.ops.attention(q, k, v, attn_mask, q_num_heads=a.num_heads, kv_num_heads=a.num_heads)[0])
 
 def _as_operator(clip: Clip) -> Clip:
-    "The same copy with ONNX's operator in every layer that has heads, and no norm or scale between them"
+    "The same copy with heads side by side in every layer that has any, and no norm or scale for each"
     for b in (b for t in TOWERS for b in clip.tower(t).blocks):
         a = b.attn
         if a.num_heads and a.head_scale is None and all(isinstance(n, nn.Identity) for n in (a.ln_q, a.ln_k, a.ln_inner)): b.attn = _Attention(a)

@@ -3,12 +3,13 @@ import base64, hashlib, json, os, shutil, sys, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
+import onnx
 import open_clip
 import pytest
 import torch
 
-from conftest import run
-from mope_clip.clip import build_clip, prune, tiny_clip, weights_hash, whole_spec
+from conftest import GRID, model_of, run
+from mope_clip.clip import build_clip, prune, shape_of, tiny_clip, weights_hash, whole_spec
 from mope_clip.spec import TOWERS, PruneSpec
 from mope_clip.export import export_onnx, probe, to_hf, to_open_clip, trace
 
@@ -84,6 +85,20 @@ def test_a_real_shape_goes_to_onnx(tmp_path):
     files = export_onnx(small, tmp_path/'onnx')
     for t in TOWERS: assert files[t].stat().st_size < 4.1*sum(p.numel() for p in small.tower(t).parameters()) + 1e6
     assert json.loads((tmp_path/'onnx/config.json').read_text())['context_length'] == 77
+
+
+@pytest.mark.parametrize('name', GRID)
+def test_attention_as_one_operator_is_the_same(name, tmp_path):
+    "Opset 23 over the grid of architectures, unevenly pruned at random: the folder is checked in onnxruntime as it is written"
+    clip, r = model_of(name), np.random.default_rng(0)
+    spec = whole_spec(clip)
+    for t in TOWERS:
+        for l, kept in getattr(spec, t).items():
+            kept.update(heads=sorted(r.choice(kept['heads'], r.integers(l > 0, 5), replace=False).tolist()), neurons=kept['neurons'][:r.integers(0, 60)])
+    small = prune(clip, spec)
+    for t, path in export_onnx(small, tmp_path/'onnx', opset=23).items():
+        found = sum(n.op_type == 'Attention' for n in onnx.load(path).graph.node)
+        assert found == sum(h > 0 for h, _ in shape_of(small)[t]), t
 
 
 class Hub(BaseHTTPRequestHandler):
