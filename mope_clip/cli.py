@@ -34,6 +34,24 @@ def _command(sub, name: str, do, text: str, model: str='the model') -> argparse.
     s.add_argument('--device', help="'cpu', 'cuda', ...; where it is not given, CUDA where there is one")
     return s
 
+def _place(model: str) -> Path: return Path(str(model).removeprefix('local-dir:')).expanduser().resolve()
+
+def _check_weights(model: str, pretrained: str, option: str='--pretrained'):
+    "Refuse weights that are named beside a model which has its own"
+    if model and pretrained and (_place(model).exists() or model.startswith(('local-dir:', 'hf-hub:'))):
+        raise ValueError(f'{option} {pretrained} would not be read, since {model} has weights of its own: leave it out, or name the architecture as open_clip does.')
+
+def _load(a):
+    "The model that a command names"
+    _check_weights(a.model, a.pretrained)
+    return load_clip(a.model, a.pretrained, a.device)
+
+def _check_out(out: str, **read): # what the command reads -> its name
+    "Refuse, before the work, a folder that holds something else, or what is read"
+    for what, name in read.items():
+        if name and _place(name) == _place(out): raise ValueError(f'--out is the {what} itself, which would be lost: choose another folder.')
+    refuse_foreign(out)
+
 def _data(s: argparse.ArgumentParser, split: str, images: int):
     "The arguments that name image-text pairs"
     s.add_argument('--task', default='openmoji', help="'openmoji', 'openmoji-street', 'coco', 'flickr30k'")
@@ -57,7 +75,7 @@ def _add_score(sub):
 
 def _score(a) -> str:
     "Scores into a Parquet table"
-    out, clip = Path(a.out).expanduser(), load_clip(a.model, a.pretrained, a.device)
+    out, clip = Path(a.out).expanduser(), _load(a)
     pairs = load_pairs(a.task, a.split, a.images, a.data_root)
     options = {k: getattr(a, k) for k in ('z', 'groups', 'batch', 'precision', 'allow_test')}     # a metric takes those that it has
     table = score_by(a.metric, clip, pairs, towers=tuple(a.towers), modules=tuple(a.modules), store=out.with_suffix(''), **options)
@@ -84,10 +102,11 @@ def _add_prune(sub):
 
 def _prune(a) -> str:
     "A smaller model, from scores and a budget or from a specification"
-    clip = load_clip(a.model, a.pretrained, a.device)
-    if Path(a.out).expanduser().resolve() == Path(a.model).expanduser().resolve(): raise ValueError('--out is the model itself, which would be lost: choose another folder.')
+    if not a.dry_run: _check_out(a.out, model=a.model)
+    clip = _load(a)
     if a.spec:
-        if any(getattr(a, k) is not None for k in BUDGETS): raise ValueError(f"A specification says what stays: leave out {', '.join('--' + k for k in BUDGETS)}.")
+        given = [k for k, default in {**dict.fromkeys(BUDGETS), **dict(keep_depth=1., rank='layer', floor=1, multiples=[1, 1], no_embeddings=False)}.items() if getattr(a, k) != default]
+        if given: raise ValueError(f"A specification says what stays: leave out {', '.join('--' + k.replace('_', '-') for k in given)}.")
         spec = read_spec(a.spec); print(say_cost(clip, spec))
     else:
         if not Path(a.scores).expanduser().is_file(): raise FileNotFoundError(f'There is no table {a.scores}: make it with `mope score`.')
@@ -96,7 +115,6 @@ def _prune(a) -> str:
         if scores.attrs.get('mope', {}).get('model') != weights_hash(clip): print('note: these scores are of a model with other weights')
         spec = plan(scores, clip, **{k: getattr(a, k) for k in BUDGETS}, keep_depth=a.keep_depth, rank=a.rank, floor=a.floor, multiples=tuple(a.multiples), embeddings=not a.no_embeddings)
     if a.dry_run: return 'nothing was removed'
-    refuse_foreign(a.out)
     prune(clip, spec).save(a.out)
     return f'model:   {a.out}'
 
@@ -121,8 +139,9 @@ def _add_distill(sub):
 
 def _distill(a) -> str:
     "Recovery into a folder"
-    refuse_foreign(a.out)                                                 # now, and not after hours
-    student, teacher = load_clip(a.model, a.pretrained, a.device), teacher_for(a.task, a.teacher or '', a.teacher_pretrained or '')
+    _check_out(a.out, model=a.model, teacher=a.teacher)                   # now, and not after hours
+    _check_weights(a.teacher, a.teacher_pretrained, '--teacher-pretrained')
+    student, teacher = _load(a), teacher_for(a.task, a.teacher or '', a.teacher_pretrained or '')
     pairs = stream_pairs(a.task, a.split, root=a.data_root, seed=a.seed)
     settings = {k: v for k in ('pairs_seen', 'batch', 'lr', 'seed', 'micro', 'precision', 'workers', 'checkpoint_activations', 'checkpoint_every') if (v := getattr(a, k)) is not None}
     student = distill(student, teacher, pairs, a.stage, folder=Path(a.out).with_name(Path(a.out).name + '-run'), every=a.every, **settings)
@@ -141,7 +160,8 @@ def _add_evaluate(sub):
 
 def _evaluate(a) -> str:
     "All numbers of a model, printed and written"
-    clip, found = load_clip(a.model, a.pretrained, a.device), {}
+    if odd := [b for b in a.latency if b < 1]: raise ValueError(f'--latency takes sizes of batches, from 1 on, and not {odd[0]}.')
+    clip, found = _load(a), {}
     for suite in a.suites: load_labelled(suite, a.split, 1 if suite in suites() else a.images, a.data_root, check=False)   # a misspelt one is said now
     if a.out: Path(a.out).expanduser().parent.mkdir(parents=True, exist_ok=True)
     if not a.no_retrieval: found[f'retrieval {a.task} {a.split}'] = retrieval(clip, load_pairs(a.task, a.split, a.images, a.data_root), a.batch)
@@ -162,8 +182,8 @@ def _add_export(sub):
 
 def _export(a) -> str:
     "A folder that another library reads"
-    refuse_foreign(a.out)
-    clip = load_clip(a.model, a.pretrained, a.device)
+    _check_out(a.out, model=a.model)
+    clip = _load(a)
     if a.format == 'onnx':
         if a.pad: raise ValueError('--pad is for open_clip and hf: ONNX has room for uneven models.')
         export_onnx(clip, a.out, **({} if a.opset is None else dict(opset=a.opset)))

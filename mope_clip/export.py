@@ -261,7 +261,7 @@ def model_card(
     return '\n'.join(['---', head.to_yaml(), '---', '', f'# {name}, compressed by MoPE-CLIP', '',
         f'Attention heads, FFN neurons and layers of the CLIP model {name} are really removed; `spec` in `config.json` says which are left, in indices of the base, and what decided it.', '',
         '| | base | this model | left |', '|---|---|---|---|', *rows, '', *(['| metric | value |', '|---|---|', *found, ''] if found else []),
-        '```python', 'from mope_clip.export import from_pretrained', f'clip = from_pretrained({where!r})', 'features = clip.encode_image(clip.preprocess(image)[None], normalize=True)', '```', '',
+        '```python', 'from mope_clip.export import from_pretrained', f'clip = from_pretrained({where!r})', 'features = clip.encode_image(clip.preprocess(image)[None].to(clip.logit_scale), normalize=True)   # the device and the type of the weights', '```', '',
         f'Left of it: `{clip!r}`', ''])
 
 # %% ../nbs/04a_export.ipynb #fdf619f2
