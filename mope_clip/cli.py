@@ -177,17 +177,16 @@ def _add_export(sub):
     s = _command(sub, 'export', _export, "write a model in another library's format", 'the model to export')
     s.add_argument('--format', required=True, choices=('onnx', 'open_clip', 'hf'), help="'onnx': a graph a tower; 'open_clip', 'hf': their plain folders, for even models")
     s.add_argument('--pad', action='store_true', help='fill what was removed with zeros where the format has no room for an uneven model: the same function, nothing saved')
-    s.add_argument('--opset', type=int, help='of ONNX: 18 runs everywhere; 23 is faster on a CPU with onnxruntime 1.23 or newer (default: 18)')
+    s.add_argument('--opset', type=int, default=18, help='of ONNX: 18 runs everywhere; 23 is faster on a CPU with onnxruntime 1.23 or newer')
     s.add_argument('--out', default='exported', help='folder')
 
 def _export(a) -> str:
     "A folder that another library reads"
+    if a.pad and a.format == 'onnx': raise ValueError('--pad is for open_clip and hf: ONNX has room for uneven models.')
+    if a.opset != 18 and a.format != 'onnx': raise ValueError('--opset is for ONNX: leave it out.')
     _check_out(a.out, model=a.model)
     clip = _load(a)
-    if a.format == 'onnx':
-        if a.pad: raise ValueError('--pad is for open_clip and hf: ONNX has room for uneven models.')
-        export_onnx(clip, a.out, **({} if a.opset is None else dict(opset=a.opset)))
-    elif a.opset is not None: raise ValueError('--opset is for ONNX.')
+    if a.format == 'onnx': export_onnx(clip, a.out, opset=a.opset)
     else: dict(open_clip=to_open_clip, hf=to_hf)[a.format](clip, a.out, pad=a.pad)
     return f'{a.format}:   {a.out}'
 
