@@ -345,7 +345,7 @@ def _template_parameters(path: Path) -> dict:
             return {n.target.id: (n.annotation.id, ast.literal_eval(n.value)) for n in tree.body if isinstance(n, ast.AnnAssign)}
     raise ValueError(f'{path} has no cell tagged parameters.')
 
-QUIET = ['--IPKernelApp.log_level=ERROR']   # for a kernel: at every start it warns that its messages on this machine are not encrypted
+QUIET = ['--IPKernelApp.log_level=CRITICAL']   # for a kernel: it warns at every start that messages on this machine are not encrypted, and tells of its end; what a cell raises comes by another way
 
 def run_notebook(
     name: str,                # of a template in `nbs/`, e.g. '20_finetune'
