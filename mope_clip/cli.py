@@ -21,7 +21,7 @@ from .distill import distill, teacher_for
 from .distill.teachers import STAGES
 from .evaluate import cost, latency, retrieval, zero_shot
 from .metrics import METRICS, score_by
-from .metrics.mope import MODULES
+from .metrics.table import MODULES
 from .pruners import export_onnx, plan, say_cost
 from .pruners.export import to_hf, to_open_clip
 from .pruners.plan import BUDGETS

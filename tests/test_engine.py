@@ -16,8 +16,8 @@ from conftest import GRID, ROOT, model_of, run
 from mope_clip.clip import TOWERS, build_clip, prune, tiny_clip, whole_spec
 from mope_clip.data import synth_pairs
 from mope_clip.metrics import mope
-from mope_clip.metrics.engine import Inputs, one_layer
-from mope_clip.metrics.mope import Scored, contributions
+from mope_clip.metrics.engine import LayerInputs, features_without
+from mope_clip.metrics.z import ScoringTask, contributions
 
 
 def encode(model, tower, x):
@@ -67,14 +67,14 @@ class Zero(nn.Module):
 @pytest.mark.parametrize('name', GRID)
 def test_engine_equals_brute_force(name):
     clip, pairs = model_of(name), synth_pairs(10, captions=3)
-    task, slim = Scored(clip, pairs), prune(clip, whole_spec(clip))
+    task, slim = ScoringTask(clip, pairs), prune(clip, whole_spec(clip))
     groups = [list(range(0, 50)), list(range(50, 128))]
     wanted = [('head', 1), ('ffn', 1), ('layer', 0), ('attn', 0), ('mlp', 0)]
     for t in TOWERS:
         dense = encode(clip.model, t, task.x[t])
-        inputs = Inputs(slim.tower(t), task.x[t], 4, 'cpu')
+        inputs = LayerInputs(slim.tower(t), task.x[t], 4, 'cpu')
         for l in range(len(slim.tower(t).blocks)):
-            feats = one_layer(inputs, l, wanted, groups)
+            feats = features_without(inputs, l, wanted, groups)
             for (m, i), f in feats.items():
                 brute = encode(
                     without(clip.model, t, l, m, i, groups[i] if m == 'ffn' else None), t, task.x[t]
@@ -89,7 +89,7 @@ def test_scores_equal_brute_force_in_float64(z):
     clip, pairs = model_of('plain'), synth_pairs(12, captions=3)
     table, task = (
         mope(clip, pairs, groups=4, z=z, modules=('head', 'ffn', 'layer', 'attn', 'mlp')),
-        Scored(clip, pairs, z),
+        ScoringTask(clip, pairs, z),
     )
     dense = {t: encode(clip.model, t, task.x[t]) for t in TOWERS}
     z_of = lambda f: (
@@ -149,9 +149,9 @@ from mope_clip.metrics import mope
 import importlib; M = importlib.import_module("mope_clip.metrics.mope")
 if len(sys.argv) > 2:   # slow enough to be killed in the middle, and to share
     import time
-    one = M.one_layer
+    one = M.features_without
     def slow(*a, **k): time.sleep(float(sys.argv[2])); say('layer'); return one(*a, **k)
-    M.one_layer = slow
+    M.features_without = slow
 mope(tiny_clip(), synth_pairs(24, captions=3), groups=4, store=sys.argv[1])
 say('finished')
 """
@@ -230,10 +230,10 @@ def test_finished_batches_of_a_layer_are_not_computed_again(tmp_path, monkeypatc
     import mope_clip.metrics.engine as E
 
     clip, pairs = tiny_clip(), synth_pairs(24)
-    task, slim = Scored(clip, pairs), prune(clip, whole_spec(clip))
+    task, slim = ScoringTask(clip, pairs), prune(clip, whole_spec(clip))
     wanted, calls = [('head', 0), ('head', 1)], []
-    new = lambda: Inputs(slim.vision, task.x['vision'], 8, 'cpu')
-    whole = one_layer(new(), 0, wanted, [])
+    new = lambda: LayerInputs(slim.vision, task.x['vision'], 8, 'cpu')
+    whole = features_without(new(), 0, wanted, [])
     finish = E.finish
 
     def dies(*a):
@@ -244,10 +244,10 @@ def test_finished_batches_of_a_layer_are_not_computed_again(tmp_path, monkeypatc
 
     monkeypatch.setattr(E, 'finish', dies)
     with pytest.raises(KeyboardInterrupt):
-        one_layer(new(), 0, wanted, [], parts=tmp_path)
+        features_without(new(), 0, wanted, [], parts=tmp_path)
     calls.clear()
     monkeypatch.setattr(E, 'finish', lambda *a: (calls.append(1), finish(*a))[1])
-    again = one_layer(new(), 0, wanted, [], parts=tmp_path)
+    again = features_without(new(), 0, wanted, [], parts=tmp_path)
     assert len(calls) == 4, 'one batch of three was finished'
     assert all(torch.equal(whole[w], again[w]) for w in wanted)
 
@@ -257,8 +257,8 @@ def test_ranks_of_a_large_gallery_take_less_than_a_gibibyte():
     code = """
 import re, torch
 from pathlib import Path
-from mope_clip.evaluate.measure import ranks
-from mope_clip.metrics.mope import contributions
+from mope_clip.evaluate.recall import ranks
+from mope_clip.metrics.z import contributions
 # not getrusage: its peak starts at that of the process this one was started by
 peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])
 im, tx = (torch.nn.functional.normalize(torch.randn(n, 512), dim=1) for n in (5000, 25000))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OURS', 'data_dir', 'cache_dir', 'write_atomic', 'refuse_foreign', 'write_folder', 'first_line', 'digest',
-           'as_dataset', 'png', 'progress']
+           'as_dataset', 'png', 'progress', 'Progress']
 
 # %% ../../nbs/01a_files.ipynb #3298f99d
 import ctypes
@@ -192,3 +192,20 @@ def progress(
     from fastprogress.fastprogress import progress_bar
 
     return progress_bar(items, total=total or len(items), leave=False)
+
+# %% ../../nbs/01a_files.ipynb #8b98b461
+class Progress:
+    "A bar that is moved by so many steps at a time"
+
+    def __init__(self, total: int, what: str = ''):
+        self.total, self.done, self.bar = total, 0, None
+        if total and os.environ.get('MOPE_CLIP_PROGRESS') != '0':
+            from fastprogress.fastprogress import progress_bar
+
+            self.bar = progress_bar(range(total), leave=False)
+            self.bar.update(0)
+
+    def update(self, steps: int):
+        self.done = min(self.total, self.done + steps)
+        if self.bar:
+            self.bar.update(self.done)

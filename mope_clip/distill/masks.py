@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from ..clip import TOWERS, Clip, prune, whole_spec
 from ..data.files import progress
 from .batches import Batches
-from ..metrics.mope import _others
+from ..metrics.table import BlockScores, register_metric, score_blocks
 
 # %% ../../nbs/06g_masks.ipynb #fe568be7
 class Gate(nn.Module):
@@ -38,14 +38,15 @@ def gated(
     for t in TOWERS:
         for l, b in enumerate(c.tower(t).blocks):
             gates[t, l] = (
-                Gate(b.attn.num_heads, b.attn.head_dim).to(clip.device),
-                Gate(b.mlp.c_fc.out_features).to(clip.device),
+                Gate(b.heads, b.head_dim).to(clip.device),
+                Gate(b.neurons).to(clip.device),
             )
-            for lin, g in zip((b.attn.out_proj, b.mlp.c_proj), gates[t, l]):
+            for lin, g in zip(b.output_maps().values(), gates[t, l]):
                 parametrize.register_parametrization(lin, 'weight', g)
     return c, gates
 
 # %% ../../nbs/06g_masks.ipynb #48c99767
+@register_metric('masks', needs_pairs=True)
 def learned_masks(
     clip: Clip,  # untouched
     pairs,  # a data set or a stream that the masks are trained on
@@ -87,13 +88,11 @@ def learned_masks(
         feed.close()
     size = lambda t, l, k: gates[t, l][k].zeta.detach().cpu()
     layer = lambda t, l, b: sum(size(t, l, k).mean() for k in (0, 1) if len(size(t, l, k))) / 2
-    return _others(
-        prune(clip, whole_spec(clip)),
+    return score_blocks(
+        clip,
         towers,
         groups,
-        lambda t, l, b: size(t, l, 0),
-        lambda t, l, b: size(t, l, 1),
-        layer,
+        BlockScores(lambda t, l, b: size(t, l, 0), lambda t, l, b: size(t, l, 1), layer),
         metric='masks',
         pairs_seen=pairs_seen,
         pull=pull,

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from ..clip import Clip, load_clip
-from ..clip.model import save_open_clip
+from ..clip.folders import save_open_clip
 from ..data import stream_pairs
 from ..data.files import cache_dir, data_dir, write_atomic
 from ..data.parallel import processes

@@ -33,7 +33,7 @@ from mope_clip.clip import (
 from ..clip.blocks import take
 from ..clip.convert import mlp_ratio, preprocess_to_hf
 from ..clip.convert import to_hf as as_hf
-from ..clip.model import from_hub, save_open_clip
+from ..clip.folders import from_hub, save_open_clip
 from ..data.files import first_line, write_atomic, write_folder
 from ..evaluate import cost
 
@@ -152,10 +152,14 @@ class _Attention(nn.Module):
             [None] * 3 if bias is None else nn.ParameterList(b.clone() for b in bias.chunk(3))
         )
 
-    def forward(self, x, attn_mask=None, pick=None):
+    out_proj = property(lambda self: self.attn.out_proj)
+    num_heads = property(lambda self: self.attn.num_heads)
+    head_dim = property(lambda self: self.attn.head_dim)
+
+    def heads_out(self, x, attn_mask=None, pick=None):
         a = self.attn
         if attn_mask is not None and attn_mask.ndim == 3:
-            return a(x, attn_mask, pick)  # a mask for each row
+            return a.heads_out(x, attn_mask, pick)  # a mask for each row
         if attn_mask is not None and pick is not None:
             attn_mask = attn_mask[pick][:, None, None]
         q, k, v = (
@@ -164,11 +168,9 @@ class _Attention(nn.Module):
                 (x if pick is None else take(x, pick), x, x), self.weights, self.biases
             )
         )
-        return a.out_proj(
-            torch.onnx.ops.attention(
-                q, k, v, attn_mask, q_num_heads=a.num_heads, kv_num_heads=a.num_heads
-            )[0]
-        )
+        return torch.onnx.ops.attention(
+            q, k, v, attn_mask, q_num_heads=a.num_heads, kv_num_heads=a.num_heads
+        )[0]
 
 
 def _as_operator(clip: Clip) -> Clip:

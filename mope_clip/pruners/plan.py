@@ -26,7 +26,8 @@ from ..data.files import progress
 from ..evaluate import cost, encode, spec_cost
 from ..evaluate import latency as measured
 from ..metrics import mope
-from ..metrics.mope import Scored, _row, check_scoring
+from ..metrics.z import ScoringTask
+from ..metrics.table import score_row, check_scoring
 
 # %% ../../nbs/05a_plan.ipynb #2b10582e
 def _ordered(rows: pd.DataFrame) -> pd.DataFrame:
@@ -210,17 +211,9 @@ def masked(
             for l, b in enumerate(out.tower(t).blocks):
                 kept = getattr(spec, t).get(l)
                 if kept is None:
-                    for m in (b.attn.out_proj, b.ln_attn, b.mlp.c_proj):
-                        [
-                            p.zero_() for p in m.parameters()
-                        ]  # ln_attn: a norm of nothing has its bias
+                    b.silence()
                     continue
-                gone = [h for h in range(b.attn.num_heads) if h not in kept['heads']]
-                for h in gone:
-                    b.attn.out_proj.weight[:, h * b.attn.head_dim : (h + 1) * b.attn.head_dim] = 0
-                off = torch.ones(b.mlp.c_fc.out_features, dtype=torch.bool)
-                off[kept['neurons']] = False
-                b.mlp.c_proj.weight[:, off] = 0
+                b.silence_units(kept['heads'], kept['neurons'])
     return out
 
 # %% ../../nbs/05a_plan.ipynb #7db6b594
@@ -387,11 +380,11 @@ def mope_set(
     check_scoring(pairs, TOWERS, ('head',), allow_test)
     if not specs:
         raise ValueError('There are no sets to score: pass at least one specification.')
-    task, rows = Scored(clip, pairs, z), []
+    task, rows = ScoringTask(clip, pairs, z), []
     for k, spec in enumerate(progress(specs)):
         small = prune(clip, spec)
         diff = task.base - task.contributions(**{t: encode(small, t, task.x[t]) for t in TOWERS})
-        rows.append(_row('both', 'set', -1, k, None, diff))
+        rows.append(score_row('both', 'set', -1, k, None, diff))
     table = pd.DataFrame(rows).drop(columns='diffs')
     table.attrs['mope'] = dict(metric='set', **task.made_by, model=weights_hash(clip))
     return table

@@ -24,9 +24,9 @@ from ..data.scenes import TASKS
 from ..data.streams import InTurn
 from ..distill import distill, embedded_teacher, learned_masks, teacher_for, train
 from ..evaluate import cost, encode_captions, encode_images
-from ..evaluate.measure import owners
+from ..evaluate.recall import owners
 from ..metrics import METRICS, score_by
-from ..metrics.mope import ZS, Scored, contributions
+from ..metrics.z import HITS, ScoringTask, contributions
 from ..pruners import plan, plan_depth, plan_width
 from .results import Results, check_choice, repo_root, source_hash
 
@@ -328,11 +328,11 @@ def _contributions(
     path = (
         self.folder
         / 'measured'
-        / f'{self.key("from mope_clip.metrics.mope import Scored, contributions", weights_hash(clip), name, split, len(data))}.npz'
+        / f'{self.key("from mope_clip.metrics.mope import ScoringTask, contributions", weights_hash(clip), name, split, len(data))}.npz'
     )
     if not path.is_file():
         if name in suites():
-            found = dict(top1=Scored(clip, data, 'zero_shot').base.numpy())
+            found = dict(top1=ScoringTask(clip, data, 'zero_shot').base.numpy())
         else:
             captions = list(data['captions'])
             features = (
@@ -340,7 +340,7 @@ def _contributions(
                 encode_captions(clip, captions),
                 owners(captions),
             )
-            found = {z: contributions(z, *features).numpy() for z in ZS}
+            found = {z: contributions(z, *features).numpy() for z in HITS}
         write_atomic(path, lambda f: np.savez(f, **found))
     with np.load(path) as kept:
         return dict(kept)

@@ -17,7 +17,7 @@ from ..clip.blocks import Tower
 from ..data.artwork import facts_of
 from ..data.scenes import TASKS
 from ..evaluate import encode_captions, encode_images
-from ..evaluate.measure import owners, ranks
+from ..evaluate.recall import owners, ranks
 from .results import CREDIT, theme
 
 # %% ../../nbs/07d_pictures.ipynb #826ac127

@@ -34,8 +34,8 @@ import torch
 from ..clip import TOWERS, Clip
 from ..data.files import data_dir, write_atomic
 from ..evaluate import cost, encode, encode_captions, encode_images, latency
-from ..evaluate.measure import owners, ranks, recalls
-from ..metrics.mope import ZS, contributions
+from ..evaluate.recall import owners, ranks, recalls
+from ..metrics.z import HITS, contributions
 
 # %% ../../nbs/07a_results.ipynb #8fea2ee7
 def repo_root() -> Path:
@@ -308,7 +308,7 @@ def measure(
     im, tx = encode_images(clip, pairs['image']), encode_captions(clip, captions)
     tr, ir = ranks(im, tx, own := owners(captions))
     exact, rows = recalls(tr, ir), []
-    for z in (*list(ZS)[1:], 'mean_recall'):
+    for z in (*list(HITS)[1:], 'mean_recall'):
         c = contributions(z, im, tx, own)
         rows.append(dict(metric=z, value=exact[z], se=(c.std() / len(c) ** 0.5).item()))
     return pd.DataFrame(rows)
@@ -362,7 +362,7 @@ class Results:
         "Metrics as columns, one row a model, in the order of measurement"
         df = pd.DataFrame(self.rows)
         return df.pivot_table(index=by, columns='metric', values='value', sort=False)[
-            [*list(ZS)[1:], 'mean_recall']
+            [*list(HITS)[1:], 'mean_recall']
         ]
 
     def claim(
