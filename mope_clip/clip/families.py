@@ -16,7 +16,7 @@ from open_clip.transformer import text_global_pool
 
 from .blocks import Block, Slices, Tower, empty_linear, take
 
-# %% ../../nbs/02c_families.ipynb #802c5ade
+# %% ../../nbs/02c_families.ipynb #e2a41294
 class SlimAttention(nn.Module):
     "Self-attention with any number of heads of one width, by the parameter names of open_clip"
 
@@ -32,7 +32,8 @@ class SlimAttention(nn.Module):
 
     @classmethod
     def around(cls, attention: nn.Module) -> 'SlimAttention':
-        "The same attention, on the same parameters, as an `nn.MultiheadAttention` or open_clip's own"
+        """The same attention, on the same parameters, as an `nn.MultiheadAttention` or open_clip's
+        own"""
         with torch.device('meta'):
             slim = cls(attention.out_proj.out_features, 0, attention.head_dim)
         slim.in_proj_weight = attention.in_proj_weight
@@ -64,7 +65,8 @@ class SlimAttention(nn.Module):
         return self.ln_q(self.split(q)), self.ln_k(self.split(k)), self.split(v)
 
     def heads_out(self, x: torch.Tensor, mask=None, pick=None) -> torch.Tensor:
-        "The heads' outputs side by side (b, n, heads*head_dim), or (b, 1, ...) for the token `pick`"
+        """The heads' outputs side by side (b, n, heads*head_dim), or (b, 1, ...) for the token
+        `pick`"""
         q, k, v = self.qkv(x, pick)
         mask = mask_of_queries(mask, x, pick)
         if mask is not None:
@@ -220,9 +222,10 @@ class NativeVision(Tower):
     def signature(self):
         return [self.net.pool_type, True]
 
-# %% ../../nbs/02c_families.ipynb #ef0521e0
+# %% ../../nbs/02c_families.ipynb #f34da0a2
 class NativeText(Tower):
-    "The text transformer of open_clip, where it is a child of the model and where it is a part of it"
+    """The text transformer of open_clip, where it is a child of the model and where it is a part of
+    it"""
 
     name = 'text'
 
@@ -233,9 +236,13 @@ class NativeText(Tower):
     blocks = property(lambda self: self.net.transformer.resblocks)
     width = property(lambda self: self.net.positional_embedding.shape[1])
     tokens = property(lambda self: self.net.positional_embedding.shape[0])
-    pool_type = property(lambda self: getattr(self.net, 'pool_type', None) or self.net.text_pool_type)
     token_table = property(lambda self: self.net.token_embedding.weight)
     pools_one = True
+
+    @property
+    def pool_type(self) -> str:
+        "'argmax', 'eos', 'first' or 'last'"
+        return getattr(self.net, 'pool_type', None) or self.net.text_pool_type
 
     @property
     def end_id(self) -> int | None:
@@ -313,9 +320,7 @@ def check_native(
             'that is not supported.'
         )
     if not getattr(net.transformer, 'batch_first', True):
-        raise ValueError(
-            f'The {name} tower is not batch_first: load it with a current open_clip.'
-        )
+        raise ValueError(f'The {name} tower is not batch_first: load it with a current open_clip.')
     if any(getattr(b.attn, 'logit_scale', None) is not None for b in blocks):
         raise ValueError(
             'scaled_cosine_attn is not supported: '
