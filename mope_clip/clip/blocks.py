@@ -93,7 +93,7 @@ def take(
     # shape[0], since len() would fix the batch of an exported graph
     return x[torch.arange(x.shape[0], device=x.device), pick][:, None]
 
-# %% ../../nbs/02b_blocks.ipynb #da6c52f8
+# %% ../../nbs/02b_blocks.ipynb #2a057f5d
 class Block(nn.Module):
     "A residual block of heads and neurons, as the rest of the library sees it"
 
@@ -134,6 +134,11 @@ class Block(nn.Module):
 
     def neuron_weights(self) -> list:
         "The `Slices` that the neurons consist of"
+        raise NotImplementedError
+
+    def gains(self) -> dict:
+        """{'head': what the projected heads are multiplied with on their way into the stream, (d,)
+        or None, 'ffn': the same of the neurons}; `ValueError` by name where a norm stands between"""
         raise NotImplementedError
 
     def check_width(self, heads: int, neurons: int):
@@ -197,7 +202,7 @@ class Block(nn.Module):
         kept += [(part, neurons) for part in self.neuron_weights()]
         return cut(self, kept)
 
-# %% ../../nbs/02b_blocks.ipynb #daddc8a2
+# %% ../../nbs/02b_blocks.ipynb #a7fdbf5c
 class Tower(nn.Module):
     "One tower of a model as embed -> blocks -> pool, sharing its parameters"
 
@@ -225,10 +230,16 @@ class Tower(nn.Module):
         "The index (b,) of the one token that is pooled, or None where all are"
         raise NotImplementedError
 
-    def pool(self, x: torch.Tensor, ids: torch.Tensor = None) -> torch.Tensor:
-        """The embedding (b, e), not normalised, of the last output (b, n, d), or (b, 1, d) of the
-        pooled token"""
+    def pooled(self, x: torch.Tensor, ids: torch.Tensor = None) -> torch.Tensor:
+        "What the projection reads (b, d), of the last output (b, n, d), or (b, 1, d) of the pooled token"
         raise NotImplementedError
+
+    def pool(self, x: torch.Tensor, ids: torch.Tensor = None) -> torch.Tensor:
+        "The embedding (b, e), not normalised, of the last output (b, n, d), or (b, 1, d)"
+        x, final = self.pooled(x, ids), self.final_map()
+        if final is None:
+            return x
+        return final(x) if isinstance(final, nn.Module) else x @ final
 
     def lengths(self, ids: torch.Tensor) -> torch.Tensor:
         "How many tokens (b,) of each caption its embedding depends on"

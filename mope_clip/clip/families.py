@@ -99,7 +99,7 @@ def mask_of_queries(
         return mask[pick][:, None, None]
     return mask[torch.arange(b, device=x.device), :, pick][:, :, None]
 
-# %% ../../nbs/02c_families.ipynb #0df65471
+# %% ../../nbs/02c_families.ipynb #1eef11dc
 class NativeBlock(Block):
     "open_clip's own residual block, of either of its two classes"
 
@@ -153,6 +153,15 @@ class NativeBlock(Block):
         slices = [Slices(p, 'in', self.neurons) for p in into]
         return [*slices, Slices(self.mlp.c_proj.weight, 'out', self.neurons, axis=1)]
 
+    def gains(self):
+        if not isinstance(self.ln_attn, nn.Identity):
+            raise ValueError(
+                'scale_attn normalises what attention writes, which no linear map makes up for: '
+                'this model cannot be repaired.'
+            )
+        scales = dict(head=self.ls_1, ffn=self.ls_2)
+        return {kind: getattr(scale, 'gamma', None) for kind, scale in scales.items()}
+
     def check_width(self, heads, neurons):
         if not isinstance(self.attn.ln_inner, nn.Identity) and heads < self.heads:
             raise ValueError(
@@ -177,7 +186,7 @@ class NativeBlock(Block):
         "open_clip asks this of its first block"
         return self.mlp.c_fc.weight.dtype
 
-# %% ../../nbs/02c_families.ipynb #0b309520
+# %% ../../nbs/02c_families.ipynb #f69286fe
 class NativeVision(Tower):
     "The vision transformer of open_clip"
 
@@ -203,9 +212,9 @@ class NativeVision(Tower):
             return None
         return torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
 
-    def pool(self, x, ids=None):
+    def pooled(self, x, ids=None):
         pooled, _ = self.net._pool(x)
-        return pooled if self.net.proj is None else pooled @ self.net.proj
+        return pooled
 
     def trim(self, x):
         return x
@@ -222,7 +231,7 @@ class NativeVision(Tower):
     def signature(self):
         return [self.net.pool_type, True]
 
-# %% ../../nbs/02c_families.ipynb #f34da0a2
+# %% ../../nbs/02c_families.ipynb #b9b10ca6
 class NativeText(Tower):
     """The text transformer of open_clip, where it is a child of the model and where it is a part of
     it"""
@@ -266,15 +275,11 @@ class NativeText(Tower):
             return ids.argmax(1)
         return (ids == self.end_id).int().argmax(1)
 
-    def pool(self, x, ids=None):
-        x, projection = self.net.ln_final(x), self.net.text_projection
+    def pooled(self, x, ids=None):
+        x = self.net.ln_final(x)
         if x.shape[1] == 1:
-            x = x[:, 0]
-        else:
-            x = text_global_pool(x, ids, self.pool_type, eos_token_id=self.end_id)
-        if projection is None:
-            return x
-        return projection(x) if isinstance(projection, nn.Module) else x @ projection
+            return x[:, 0]
+        return text_global_pool(x, ids, self.pool_type, eos_token_id=self.end_id)
 
     def lengths(self, ids):
         "Up to the pooled token under a causal mask, else all"
@@ -320,7 +325,9 @@ def check_native(
             'that is not supported.'
         )
     if not getattr(net.transformer, 'batch_first', True):
-        raise ValueError(f'The {name} tower is not batch_first: load it with a current open_clip.')
+        raise ValueError(
+            f'The {name} tower is not batch_first: load it with a current open_clip.'
+        )
     if any(getattr(b.attn, 'logit_scale', None) is not None for b in blocks):
         raise ValueError(
             'scaled_cosine_attn is not supported: '
