@@ -83,7 +83,7 @@ def mlp_ratio(
     ratio = neurons / width
     return ratio if int(width * ratio) == neurons else (neurons + 0.5) / width
 
-# %% ../../nbs/02e_convert.ipynb #98bbd25d
+# %% ../../nbs/02e_convert.ipynb #474cd00e
 def not_in_open_clip(
     vision: object,  # `transformers.CLIPVisionConfig`
     text: object,  # `transformers.CLIPTextConfig`
@@ -112,7 +112,7 @@ def not_in_open_clip(
 
 def parse_hf(
     config: dict,  # config.json of a `CLIPModel`
-):  # `transformers.CLIPConfig`
+) -> object:  # `transformers.CLIPConfig`
     "Hugging Face's own reading of its settings, with its defaults; `ValueError` by name"
     kind = config.get('model_type')
     if kind != 'clip':

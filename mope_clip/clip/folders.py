@@ -7,9 +7,10 @@ __all__ = ['SETTINGS', 'TOKENIZER_FILES', 'FORMAT', 'CARD', 'OWN', 'OPEN_CLIP_WE
            'write_json', 'saved_config', 'save_clip', 'load_tokenizer', 'read_json', 'check_saved', 'saved_frame',
            'fill_saved', 'load_saved', 'save_open_clip', 'load_open_clip_folder', 'load_hf_folder', 'load_folder']
 
-# %% ../../nbs/02g_folders.ipynb #1df2e22f
+# %% ../../nbs/02g_folders.ipynb #f8979c89
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -104,11 +105,11 @@ def save_clip(clip: Clip, folder: Path):
 
     write_folder(folder, write)
 
-# %% ../../nbs/02g_folders.ipynb #f4a4bd4b
+# %% ../../nbs/02g_folders.ipynb #967ed52d
 def load_tokenizer(
     folder: Path,
     config: dict,  # {'model_cfg', 'tokenizer'}: the second where the folder has no files of it
-):  # a tokenizer of open_clip
+) -> Callable:  # a tokenizer of open_clip: list of str -> ids (n, context)
     "The tokenizer saved in a folder, or open_clip's own; `FileNotFoundError`, `ValueError`"
     text = config['model_cfg'].get('text_cfg', {})
     length = text.get('context_length', 77)

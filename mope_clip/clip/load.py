@@ -35,7 +35,7 @@ def named_config(
     prepared = {setting: value for setting, value in tag.items() if setting in PREPROCESS}
     return dict(name=name, model_cfg=cfg, tokenizer=name, preprocess_cfg=prepared)
 
-# %% ../../nbs/02h_load.ipynb #01eb4c1d
+# %% ../../nbs/02h_load.ipynb #12f4fd73
 def tags_of(name: str, none: str) -> str:
     "The tags of a name in a row, or the word for none"
     return ', '.join(open_clip.list_pretrained_tags_by_model(name)) or none
@@ -85,7 +85,7 @@ def load_named(name: str, pretrained: str, device: str) -> Clip:
             f'{pretrained!r} is neither a file nor a tag of {name}; '
             f'its tags are {tags_of(name, "none")}.'
         )
-    return load_checkpoint(config, pretrained, device)
+    return load_checkpoint(config, Path(pretrained), device)
 
 # %% ../../nbs/02h_load.ipynb #209105cd
 def load_tinyclip(file: Path, device: str) -> Clip:

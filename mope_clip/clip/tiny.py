@@ -14,7 +14,7 @@ import open_clip
 from .model import Clip, build_clip
 from ..data import synth_pairs
 
-# %% ../../nbs/02i_tiny.ipynb #cd796a39
+# %% ../../nbs/02i_tiny.ipynb #06518736
 def words_of(
     captions: Iterable[str],
     normalizer: object,  # of `tokenizers`
@@ -31,7 +31,7 @@ def words_of(
 def word_tokenizer(
     captions: Iterable[str],  # their words are the vocabulary
     context: int = 24,  # tokens
-):  # `open_clip.tokenizer.HFTokenizer`
+) -> open_clip.tokenizer.HFTokenizer:
     "A word-level tokenizer for small models, in the format that open_clip loads from a folder"
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
