@@ -13,7 +13,7 @@ from ..clip import Clip, load_clip, save_open_clip
 from ..data import stream_pairs
 from ..data.files import cache_dir, data_dir, write_atomic
 from ..data.parallel import processes
-from ..data.scenes import TASKS
+from ..data.scenes import RETRIEVAL_TASKS, TASKS
 from .loop import Recipe, fit
 
 # %% ../../nbs/06f_teachers.ipynb #7ba5b758
@@ -251,7 +251,7 @@ def teacher_for(
     if model:
         log(f'Teacher: {model} {pretrained}, taken as fine-tuned.')
         return load_clip(model, pretrained or None)
-    if task in TASKS[:2]:
+    if task in RETRIEVAL_TASKS:
         log(f'Teacher: the embedded CLIP, fine-tuned on {task}.')
         return embedded_teacher(task, log)
     log(

@@ -272,7 +272,7 @@ def score_all(
             rows[key] = found
     left = {key: work for key, work in todo.items() if key not in rows}
     steps = sum(len(wanted) * batches_of(task, t) for (t, _), (wanted, _) in left.items())
-    scorer = LayerScorer(task, memory, Progress(steps).update, compile)
+    scorer = LayerScorer(task, memory, Progress(steps).advance, compile)
     while len(rows) < len(todo):
         for key, (wanted, split) in left.items():
             if key in rows:

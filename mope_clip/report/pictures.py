@@ -14,8 +14,7 @@ import torch
 
 from ..clip import Clip, PruneSpec, prune, whole_spec
 from ..clip.blocks import Tower
-from ..data.artwork import facts_of
-from ..data.scenes import TASKS
+from ..data.scenes import RETRIEVAL_TASKS, facts_of
 from ..evaluate import encode_captions, encode_images
 from ..evaluate.recall import owners, ranks
 from .results import CREDIT, theme
@@ -205,7 +204,7 @@ def scene_facts(
 ) -> list:  # a dict of facts an image, as in `scene`; None where the data set has none
     "The facts behind the pictures of an embedded task"
     names = [str(i).rsplit('/', 2) for i in pairs['image_id']]
-    if not all(len(n) == 3 and n[0] in TASKS[:2] for n in names):
+    if not all(len(n) == 3 and n[0] in RETRIEVAL_TASKS for n in names):
         return None
     return [facts_of(task, split, int(i)) for task, split, i in names]
 
