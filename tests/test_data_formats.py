@@ -219,7 +219,7 @@ from mope_clip.distill import train
 def log(line):
     print(line, flush=True)
     if 'pairs' in line: time.sleep(float(sys.argv[3]))     # a window for the kill
-clip = train(tiny_clip(), stream_pairs(sys.argv[1], seed=4, workers=2), 150*8, folder=sys.argv[2], every=10, log=log, batch=8, lr=1e-3)
+clip = train(tiny_clip(), stream_pairs(sys.argv[1], seed=4, workers=2), 150*8, folder=sys.argv[2], every=10, log=log, batch=8, lr=1e-3).clip
 print('HASH', weights_hash(clip))
 """
 
