@@ -18,7 +18,7 @@ from .data import load_labelled, load_pairs, stream_pairs, suites
 from .data.files import refuse_foreign, write_atomic
 from .data.parallel import processes
 from .distill import distill, teacher_for
-from .distill.teachers import STAGES
+from .distill.recipe import STAGES
 from .evaluate import cost, latency, retrieval, zero_shot
 from .metrics import METRICS, score_by
 from .metrics.table import MODULES
@@ -349,7 +349,7 @@ def _distill(a) -> str:
         )
         if (v := getattr(a, k)) is not None
     }
-    student = distill(
+    made = distill(
         student,
         teacher,
         pairs,
@@ -358,8 +358,8 @@ def _distill(a) -> str:
         every=a.every,
         **settings,
     )
-    if processes(student.device).main:
-        student.save(a.out)  # under torchrun, one process writes
+    if processes(made.clip.device).main:
+        made.clip.save(a.out)  # under torchrun, one process writes
     return f'model:   {a.out}'
 
 # %% ../nbs/08_cli.ipynb #ea19c81d

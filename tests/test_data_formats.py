@@ -213,7 +213,7 @@ def log(line):
     if 'pairs' in line: time.sleep(float(sys.argv[3]))     # a window for the kill
 stream = stream_pairs(sys.argv[1], seed=4, workers=2)
 settings = dict(folder=sys.argv[2], every=10, log=log, batch=8, lr=1e-3)
-clip = train(tiny_clip(), stream, 150*8, **settings)
+clip = train(tiny_clip(), stream, 150*8, **settings).clip
 print('HASH', weights_hash(clip))
 """
 

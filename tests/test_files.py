@@ -14,11 +14,8 @@ import torch.distributed as dist
 from conftest import ROOT, run
 from PIL import Image
 
-from mope_clip.data import (
-    files,
-    parallel,
-    progress,
-)
+from mope_clip.data import files, parallel
+from mope_clip.data.progress import progress
 from mope_clip.data.files import as_dataset, digest, png, write_atomic, write_folder
 
 # files
@@ -146,7 +143,7 @@ def test_a_data_set_without_rows_has_the_same_columns():
 
 LOOP = """
 import sys, time
-from mope_clip.data import progress as room
+from mope_clip.data.progress import progress as room
 room.SECONDS_BETWEEN_LINES = .05
 for k in room.progress(range(20), what='counting'):
     time.sleep(.01)

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from ..clip import TOWERS, Clip, prune, whole_spec
-from ..data.files import Progress
+from ..data.progress import Progress
 from ..evaluate import tower_macs
 from mope_clip.metrics.engine import (
     LayerInputs,

@@ -19,7 +19,7 @@ import torch
 
 from ..clip import TOWERS, Clip, shape_of, weights_hash
 from ..clip.blocks import per_unit
-from ..data.files import progress
+from ..data.progress import progress
 from ..evaluate import images_of
 from .z import is_test
 

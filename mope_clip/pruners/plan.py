@@ -22,7 +22,7 @@ from mope_clip.clip import (
 )
 from ..clip.model import check_fits
 from ..clip.spec import keep_count
-from ..data.files import progress
+from ..data.progress import progress
 from ..evaluate import cost, encode, spec_cost
 from ..evaluate import latency as measured
 from ..metrics import mope

@@ -10,6 +10,7 @@ import hashlib
 import json
 import tempfile
 import time
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from inspect import signature
 from pathlib import Path
@@ -22,7 +23,14 @@ from ..data import load_labelled, load_pairs, stream_pairs, suites
 from ..data.files import write_atomic
 from ..data.scenes import TASKS
 from ..data.streams import InTurn
-from ..distill import distill, embedded_teacher, learned_masks, teacher_for, train
+from mope_clip.distill import (
+    Training,
+    distill,
+    embedded_teacher,
+    learned_masks,
+    teacher_for,
+    train,
+)
 from ..evaluate import cost, encode_captions, encode_images
 from ..evaluate.recall import owners
 from ..metrics import METRICS, score_by
@@ -148,7 +156,7 @@ def _recover(
     alone: bool = False,  # learn without the teacher, by the contrastive loss
     points: int = 1,  # of the learning curve, on `held_out`
     **settings,  # of `Recipe`
-) -> Clip:  # with `.history`
+) -> Training:
     "A copy of a model after recovery from the teacher, kept"
     settings = {**self.settings, **settings, 'seed': seed}
     code = f'from mope_clip.distill import {"train" if alone else "distill"}'
@@ -170,13 +178,11 @@ def _recover(
             **settings,
         )
         made = (
-            train(clip.copy(), self.train_pairs(start), **run)
+            train(clip, self.train_pairs(start), **run)
             if alone
-            else distill(
-                clip.copy(), self.teacher, self.train_pairs(start), stage=self.stage, **run
-            )
+            else distill(clip, self.teacher, self.train_pairs(start), stage=self.stage, **run)
         )
-        made.save(place)
+        made.clip.save(place)
         last = made.history[-1]
         self.log(
             f'{"from scratch" if alone else "recovered"}: {last["pairs"]} pairs in {last["seconds"]:.0f} s, mean recall {last["mean_recall"]:.1f} % on held-out images'
@@ -184,9 +190,8 @@ def _recover(
         write_atomic(done, lambda f: f.write(json.dumps(made.history).encode()))
         for p in place.with_suffix('.run').glob('*.pt'):
             p.unlink()
-    out = load_clip(str(place), device=str(self.teacher.device))
-    out.history = json.loads(done.read_text())
-    return out
+    clip = load_clip(str(place), device=str(self.teacher.device))
+    return Training(clip, json.loads(done.read_text()))
 
 
 Bench.recover = _recover
@@ -245,7 +250,7 @@ def _compress(
     times_scratch: int = 4,  # how many times as many pairs 'scratch' sees in all
     points: int = 1,  # of each learning curve
     **options,  # of the metric
-) -> Clip:  # with `.history` and `.spent`: pairs and seconds of training, seconds of scoring
+) -> Training:  # `.spent`: pairs and seconds of training, seconds of scoring
     "The small model of a method at a size, by the steps of the bench's stage, kept; `ValueError` for a method or size of another name"
     check_choice(method=(method, METHODS), size=(size, SIZES))
     towers, (width, depth), (metric, own) = (
@@ -288,18 +293,17 @@ def _compress(
     elif self.stage == 'pretrain':
         recover(prune(self.teacher, both(wide, deep)), 2 * pairs_seen, 0)
     else:
-        narrow = recover(prune(self.teacher, wide), pairs_seen, 0)
+        narrow = recover(prune(self.teacher, wide), pairs_seen, 0).clip
         if depth < 1:
             tables.append(table(narrow, modules=['layer']))
             recover(prune(narrow, plan_depth(tables[-1], depth)), pairs_seen, 1, start=pairs_seen)
-    out = stages[-1]
-    out.spent = dict(
-        pairs_seen=sum(s.history[-1]['pairs'] for s in stages),
-        train_seconds=sum(s.history[-1]['seconds'] for s in stages),
+    spent = dict(
+        pairs_seen=sum(s.spent['pairs_seen'] for s in stages),
+        train_seconds=sum(s.spent['train_seconds'] for s in stages),
         scoring_seconds=sum(t.attrs['mope']['seconds'] for t in tables),
         search_pairs=sum(t.attrs['mope'].get('pairs_seen', 0) for t in tables),
     )
-    return out
+    return replace(stages[-1], spent=spent)
 
 
 Bench.compress = _compress
@@ -374,7 +378,7 @@ def interval(
 def _record(
     self: Bench,
     results: Results,
-    clip: Clip,
+    made: Clip | Training,  # of a training what it has spent is kept as well
     method: str,
     stage: str,
     tower: str = 'both',
@@ -382,6 +386,7 @@ def _record(
     names: tuple = (),
 ) -> dict:
     "Measure a model on the test split of these tasks and suites (none: the bench's own) and keep the rows; returns metric -> value of the first"
+    clip, spent = (made.clip, made.spent) if isinstance(made, Training) else (made, {})
     c, labels = cost(clip), dict(method=method, tower=tower, stage=stage, seed=seed)
     labels['size'] = c['params']
     for name in names or (self.task,):
@@ -396,9 +401,7 @@ def _record(
                     se=float(x.std(ddof=1) / len(x) ** 0.5),
                 )
             )
-    for metric, value in dict(
-        macs=c['macs'], tower_params=tower_params(clip), **getattr(clip, 'spent', {})
-    ).items():
+    for metric, value in dict(macs=c['macs'], tower_params=tower_params(clip), **spent).items():
         results.rows.append(
             dict(task=self.task, split='', **labels, metric=metric, value=float(value), se=None)
         )
