@@ -93,7 +93,7 @@ def take(
     # shape[0], since len() would fix the batch of an exported graph
     return x[torch.arange(x.shape[0], device=x.device), pick][:, None]
 
-# %% ../../nbs/02b_blocks.ipynb #ce76ddb4
+# %% ../../nbs/02b_blocks.ipynb #9c881492
 class Block(nn.Module):
     "A residual block of heads and neurons, as the rest of the library sees it"
 
@@ -103,11 +103,11 @@ class Block(nn.Module):
     width: int  # of the residual stream
 
     def qkv(self, x: torch.Tensor, mask=None, pick=None) -> tuple:
-        "Queries, keys and values (b, heads, n, head_dim) of the stream x; with `pick` (b,) one query"
+        "Queries, keys, values (b, heads, n, head_dim) of the stream x; with `pick` (b,) one query"
         raise NotImplementedError
 
     def attend(self, x: torch.Tensor, mask=None, pick=None) -> torch.Tensor:
-        "The heads' outputs side by side (b, n, heads*head_dim), or (b, 1, ...) for the token `pick`"
+        "The heads' outputs side by side (b, n, heads*head_dim); (b, 1, ...) for the token `pick`"
         raise NotImplementedError
 
     def hidden(self, y: torch.Tensor) -> torch.Tensor:
@@ -174,12 +174,12 @@ class Block(nn.Module):
         return self.after_ffn(self.after_attention(x, attn_mask, pick))
 
     def silence(self):
-        "Make the block the identity, in place: it writes nothing, and no norm or scale adds to that"
+        "Make the block the identity, in place: it writes nothing, no norm or scale adds to that"
         raise NotImplementedError
 
     @torch.no_grad()
     def silence_units(self, heads: list, neurons: list):
-        "Zero what all other heads and neurons write, in place: the reference that removal must equal"
+        "Zero what all others write, in place: the reference that removal must equal"
         for slices, kept in ((self.head_weights(), heads), (self.neuron_weights(), neurons)):
             for part in slices:
                 if part.side == 'out':
@@ -193,14 +193,32 @@ class Block(nn.Module):
         kept += [(part, neurons) for part in self.neuron_weights()]
         return cut(self, kept)
 
-# %% ../../nbs/02b_blocks.ipynb #35c2ec8f
+    @torch.no_grad()
+    def fill_from(self, narrow: 'Block'):
+        "Take over the units of a narrower block, in place, and leave zeros where it has none"
+        mine = [*self.head_weights(), *self.neuron_weights()]
+        theirs = [*narrow.head_weights(), *narrow.neuron_weights()]
+        for part, few in zip(mine, theirs, strict=True):
+            part.parameter.zero_()
+            places = part.lines(range(few.units))
+            part.parameter.index_copy_(part.axis, places, few.parameter.to(part.parameter))
+
+    def as_operator(self) -> 'Block':
+        "Itself, its attention turned in place into one operator of ONNX where that is the same"
+        return self
+
+# %% ../../nbs/02b_blocks.ipynb #80085c20
 class Tower(nn.Module):
     "One tower of a model as embed -> blocks -> pool, sharing its parameters"
 
     name: str  # 'vision' or 'text'
     width: int  # of the residual stream
     tokens: int  # of an image, or of a caption of full length
-    pooler = None  # a `Block` that pools by attention and can be scored and pruned, where there is one
+    image_size: tuple  # of the vision tower: height and width in pixels
+    trims = False  # whether captions may be cut behind the token that is pooled
+    pooler = (
+        None  # a `Block` that pools by attention and can be scored and pruned, where there is one
+    )
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -208,7 +226,7 @@ class Tower(nn.Module):
         raise NotImplementedError
 
     def embed(self, x: torch.Tensor) -> tuple:
-        "The input (b, n, d) of the first block, and the mask or None; of images (b, 3, s, s) or ids (b, n)"
+        "The first block's input (b, n, d), a mask or None; of images (b, 3, s, s) or ids (b, n)"
         raise NotImplementedError
 
     @property
@@ -221,7 +239,7 @@ class Tower(nn.Module):
         raise NotImplementedError
 
     def pool(self, x: torch.Tensor, ids: torch.Tensor = None) -> torch.Tensor:
-        "The embedding (b, e), not normalised, of the last output (b, n, d), or (b, 1, d) of the pooled token"
+        "The embedding (b, e), not normalised, of the last output (b, n, d); (b, 1, d) of one token"
         raise NotImplementedError
 
     def lengths(self, ids: torch.Tensor) -> torch.Tensor:
@@ -247,6 +265,10 @@ class Tower(nn.Module):
     def signature(self) -> list:
         "What decides the tower's function beside its weights and shapes: pooling, masks"
         raise NotImplementedError
+
+    def for_tracing(self) -> 'Tower':
+        "Itself, made ready in place to become a graph; of a model that is given away"
+        return self
 
     def head_macs(self) -> int:
         "Multiply-accumulates of the projection into the shared space"
