@@ -62,11 +62,12 @@ def price_in(
         keys = [key.replace('text_params', 'text_params_no_embedding') for key in keys]
     return lambda spec: sum(spec_cost(clip, spec)[key] for key in keys)
 
-# %% ../../nbs/05b_budget.ipynb #bda6396f
+# %% ../../nbs/05b_budget.ipynb #feecc8e1
 def fractions(scores: pd.DataFrame, rank: str) -> list:
     "One fraction for each way in which `keep_count` can round the modules that compete"
     by = ['tower', 'module', *(['layer'] if rank == 'layer' else [])]
-    sizes = scores[scores.module.isin(('head', 'ffn'))].groupby(by).size().unique()
+    modules = scores[scores.module.isin(('head', 'ffn'))].groupby(by).size()
+    sizes = set(modules.tolist())
     turns = sorted({(k - 0.5) / size for size in sizes for k in range(1, size + 1)})
     starts, ends = [0, *turns], [*turns, 2 - turns[-1]]
     return [(start + end) / 2 for start, end in zip(starts, ends, strict=True)]
