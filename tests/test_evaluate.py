@@ -642,11 +642,12 @@ def peak_of(clip, layers, batch):
 
 
 def test_a_tower_holds_the_stream_and_one_layer_at_a_time(clip):
-    one, six, twice = (peak_of(clip, *size) for size in ((1, 256), (6, 256), (6, 512)))
-    assert set(one) == {'batch', 'vision_bytes', 'measured'}
-    if one['vision_bytes'] is None:
-        pytest.skip(one['measured'])
+    "Of the last layer one token alone is computed, so two layers are the fewest to compare"
+    two, seven, twice = (peak_of(clip, *size) for size in ((2, 256), (7, 256), (7, 512)))
+    assert set(two) == {'batch', 'vision_bytes', 'measured'}
+    if two['vision_bytes'] is None:
+        pytest.skip(two['measured'])
     stream_and_neurons = 4 * 256 * 65 * (128 + 512)
-    assert one['vision_bytes'] > stream_and_neurons
-    assert six['vision_bytes'] < 2 * one['vision_bytes']
-    assert twice['vision_bytes'] > 1.2 * six['vision_bytes']
+    assert two['vision_bytes'] > stream_and_neurons
+    assert seven['vision_bytes'] < 2 * two['vision_bytes']
+    assert twice['vision_bytes'] > 1.2 * seven['vision_bytes']
