@@ -11,9 +11,9 @@ import pytest
 from conftest import run
 
 from mope_clip.cli import COMMANDS, main
+from mope_clip.cli.notebooks import value_of
+from mope_clip.cli.registry import parser_for
 from mope_clip.clip import load_clip, save_spec, tiny_clip, weights_hash
-from mope_clip.commands.notebooks import value_of
-from mope_clip.commands.registry import parser_for
 from mope_clip.data import synth_pairs
 from mope_clip.data.parallel import World
 from mope_clip.evaluate import cost, retrieval

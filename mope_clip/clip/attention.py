@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from .blocks import empty_linear, take
 
-# %% ../../nbs/02ba_attention.ipynb #b2bbe539
+# %% ../../nbs/02ba_attention.ipynb #e2a41294
 class SlimAttention(nn.Module):
     "Self-attention with any number of heads of one width, by the parameter names of open_clip"
 
@@ -28,7 +28,8 @@ class SlimAttention(nn.Module):
 
     @classmethod
     def around(cls, attention: nn.Module) -> 'SlimAttention':
-        "The same function on the same parameters as an `nn.MultiheadAttention` or open_clip's own"
+        """The same attention, on the same parameters, as an `nn.MultiheadAttention` or open_clip's
+        own"""
         with torch.device('meta'):
             slim = cls(attention.out_proj.out_features, 0, attention.head_dim)
         slim.in_proj_weight = attention.in_proj_weight
@@ -60,7 +61,8 @@ class SlimAttention(nn.Module):
         return self.ln_q(self.split(q)), self.ln_k(self.split(k)), self.split(v)
 
     def heads_out(self, x: torch.Tensor, mask=None, pick=None) -> torch.Tensor:
-        "The heads' outputs side by side (b, n, heads*head_dim); (b, 1, ...) for the token `pick`"
+        """The heads' outputs side by side (b, n, heads*head_dim), or (b, 1, ...) for the token
+        `pick`"""
         q, k, v = self.qkv(x, pick)
         mask = mask_of_queries(mask, x, pick)
         if mask is not None:

@@ -93,7 +93,7 @@ def take(
     # shape[0], since len() would fix the batch of an exported graph
     return x[torch.arange(x.shape[0], device=x.device), pick][:, None]
 
-# %% ../../nbs/02b_blocks.ipynb #9c881492
+# %% ../../nbs/02b_blocks.ipynb #2f3e4d74
 class Block(nn.Module):
     "A residual block of heads and neurons, as the rest of the library sees it"
 
@@ -103,11 +103,13 @@ class Block(nn.Module):
     width: int  # of the residual stream
 
     def qkv(self, x: torch.Tensor, mask=None, pick=None) -> tuple:
-        "Queries, keys, values (b, heads, n, head_dim) of the stream x; with `pick` (b,) one query"
+        """Queries, keys and values (b, heads, n, head_dim) of the stream x; with `pick` (b,) one
+        query"""
         raise NotImplementedError
 
     def attend(self, x: torch.Tensor, mask=None, pick=None) -> torch.Tensor:
-        "The heads' outputs side by side (b, n, heads*head_dim); (b, 1, ...) for the token `pick`"
+        """The heads' outputs side by side (b, n, heads*head_dim), or (b, 1, ...) for the token
+        `pick`"""
         raise NotImplementedError
 
     def hidden(self, y: torch.Tensor) -> torch.Tensor:
@@ -132,6 +134,11 @@ class Block(nn.Module):
 
     def neuron_weights(self) -> list:
         "The `Slices` that the neurons consist of"
+        raise NotImplementedError
+
+    def gains(self) -> dict:
+        """{'head': what the projected heads are multiplied with on their way into the stream, (d,)
+        or None, 'ffn': the same of the neurons}; `ValueError` by name where a norm is between"""
         raise NotImplementedError
 
     def check_width(self, heads: int, neurons: int):
@@ -174,12 +181,14 @@ class Block(nn.Module):
         return self.after_ffn(self.after_attention(x, attn_mask, pick))
 
     def silence(self):
-        "Make the block the identity, in place: it writes nothing, no norm or scale adds to that"
+        """Make the block the identity, in place: it writes nothing, and no norm or scale adds to
+        that"""
         raise NotImplementedError
 
     @torch.no_grad()
     def silence_units(self, heads: list, neurons: list):
-        "Zero what all others write, in place: the reference that removal must equal"
+        """Zero what all other heads and neurons write, in place: the reference that removal must
+        equal"""
         for slices, kept in ((self.head_weights(), heads), (self.neuron_weights(), neurons)):
             for part in slices:
                 if part.side == 'out':
@@ -207,7 +216,7 @@ class Block(nn.Module):
         "Itself, its attention turned in place into one operator of ONNX where that is the same"
         return self
 
-# %% ../../nbs/02b_blocks.ipynb #80085c20
+# %% ../../nbs/02b_blocks.ipynb #d5f436f6
 class Tower(nn.Module):
     "One tower of a model as embed -> blocks -> pool, sharing its parameters"
 
@@ -216,9 +225,7 @@ class Tower(nn.Module):
     tokens: int  # of an image, or of a caption of full length
     image_size: tuple  # of the vision tower: height and width in pixels
     trims = False  # whether captions may be cut behind the token that is pooled
-    pooler = (
-        None  # a `Block` that pools by attention and can be scored and pruned, where there is one
-    )
+    pooler = None  # a `Block` that pools by attention, scored and pruned like the others
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -226,7 +233,8 @@ class Tower(nn.Module):
         raise NotImplementedError
 
     def embed(self, x: torch.Tensor) -> tuple:
-        "The first block's input (b, n, d), a mask or None; of images (b, 3, s, s) or ids (b, n)"
+        """The input (b, n, d) of the first block, and the mask or None; of images (b, 3, s, s) or
+        ids (b, n)"""
         raise NotImplementedError
 
     @property
@@ -238,9 +246,16 @@ class Tower(nn.Module):
         "The index (b,) of the one token that is pooled, or None where all are"
         raise NotImplementedError
 
-    def pool(self, x: torch.Tensor, ids: torch.Tensor = None) -> torch.Tensor:
-        "The embedding (b, e), not normalised, of the last output (b, n, d); (b, 1, d) of one token"
+    def pooled(self, x: torch.Tensor, ids: torch.Tensor = None) -> torch.Tensor:
+        "What the projection reads (b, d), of the last output (b, n, d), or (b, 1, d) of one token"
         raise NotImplementedError
+
+    def pool(self, x: torch.Tensor, ids: torch.Tensor = None) -> torch.Tensor:
+        "The embedding (b, e), not normalised, of the last output (b, n, d), or (b, 1, d)"
+        x, final = self.pooled(x, ids), self.final_map()
+        if final is None:
+            return x
+        return final(x) if isinstance(final, nn.Module) else x @ final
 
     def lengths(self, ids: torch.Tensor) -> torch.Tensor:
         "How many tokens (b,) of each caption its embedding depends on"

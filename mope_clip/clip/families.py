@@ -16,7 +16,7 @@ from open_clip.transformer import text_global_pool
 from .attention import OperatorAttention, SlimAttention
 from .blocks import Block, Slices, Tower
 
-# %% ../../nbs/02c_families.ipynb #ddc02048
+# %% ../../nbs/02c_families.ipynb #a9cb5c0d
 class NativeBlock(Block):
     "open_clip's own residual block, of either of its two classes"
 
@@ -70,6 +70,15 @@ class NativeBlock(Block):
         slices = [Slices(p, 'in', self.neurons) for p in into]
         return [*slices, Slices(self.mlp.c_proj.weight, 'out', self.neurons, axis=1)]
 
+    def gains(self):
+        if not isinstance(self.ln_attn, nn.Identity):
+            raise ValueError(
+                'scale_attn normalises what attention writes, which no linear map makes up for: '
+                'this model cannot be repaired.'
+            )
+        scales = dict(head=self.ls_1, ffn=self.ls_2)
+        return {kind: getattr(scale, 'gamma', None) for kind, scale in scales.items()}
+
     def check_width(self, heads, neurons):
         if not isinstance(self.attn.ln_inner, nn.Identity) and heads < self.heads:
             raise ValueError(
@@ -99,7 +108,7 @@ class NativeBlock(Block):
         "open_clip asks this of its first block"
         return self.mlp.c_fc.weight.dtype
 
-# %% ../../nbs/02c_families.ipynb #5bbbde71
+# %% ../../nbs/02c_families.ipynb #29e86da0
 class NativeVision(Tower):
     "The vision transformer of open_clip"
 
@@ -126,9 +135,9 @@ class NativeVision(Tower):
             return None
         return torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
 
-    def pool(self, x, ids=None):
+    def pooled(self, x, ids=None):
         pooled, _ = self.net._pool(x)
-        return pooled if self.net.proj is None else pooled @ self.net.proj
+        return pooled
 
     def trim(self, x):
         return x
@@ -145,9 +154,10 @@ class NativeVision(Tower):
     def signature(self):
         return [self.net.pool_type, True]
 
-# %% ../../nbs/02c_families.ipynb #4bf3b0f1
+# %% ../../nbs/02c_families.ipynb #b931f5f7
 class NativeText(Tower):
-    "The text transformer of open_clip, whether it is a child of the model or a part of it"
+    """The text transformer of open_clip, where it is a child of the model and where it is a part of
+    it"""
 
     name = 'text'
 
@@ -158,11 +168,13 @@ class NativeText(Tower):
     blocks = property(lambda self: self.net.transformer.resblocks)
     width = property(lambda self: self.net.positional_embedding.shape[1])
     tokens = property(lambda self: self.net.positional_embedding.shape[0])
-    pool_type = property(
-        lambda self: getattr(self.net, 'pool_type', None) or self.net.text_pool_type
-    )
     token_table = property(lambda self: self.net.token_embedding.weight)
     pools_one = True
+
+    @property
+    def pool_type(self) -> str:
+        "'argmax', 'eos', 'first' or 'last'"
+        return getattr(self.net, 'pool_type', None) or self.net.text_pool_type
 
     @property
     def end_id(self) -> int | None:
@@ -186,15 +198,11 @@ class NativeText(Tower):
             return ids.argmax(1)
         return (ids == self.end_id).int().argmax(1)
 
-    def pool(self, x, ids=None):
-        x, projection = self.net.ln_final(x), self.net.text_projection
+    def pooled(self, x, ids=None):
+        x = self.net.ln_final(x)
         if x.shape[1] == 1:
-            x = x[:, 0]
-        else:
-            x = text_global_pool(x, ids, self.pool_type, eos_token_id=self.end_id)
-        if projection is None:
-            return x
-        return projection(x) if isinstance(projection, nn.Module) else x @ projection
+            return x[:, 0]
+        return text_global_pool(x, ids, self.pool_type, eos_token_id=self.end_id)
 
     @property
     def trims(self):

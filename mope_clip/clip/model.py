@@ -20,9 +20,10 @@ from .blocks import Tower
 from .families import towers_of
 from .spec import TOWERS, PruneSpec, compose, full_spec
 
-# %% ../../nbs/02f_model.ipynb #0192b1f4
+# %% ../../nbs/02f_model.ipynb #ab1fce23
 class Clip:
-    "An open_clip model with its preprocessing, tokenizer and the specification of what is left of its base"
+    """An open_clip model with its preprocessing, tokenizer and the specification of what is left of
+    its base"""
 
     def __init__(
         self,
@@ -73,13 +74,15 @@ class Clip:
         return F.normalize(x, dim=-1) if normalize else x
 
     def contrastive_loss(self, rank: int = 0, world_size: int = 1) -> nn.Module:
-        "open_clip's loss that the model was trained with: sigmoid where it has a bias, else softmax"
+        """open_clip's loss that the model was trained with: sigmoid where it has a bias, else
+        softmax"""
         if self.logit_bias is not None:
             return SigLipLoss(rank=rank, world_size=world_size)
         return ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
 
     def save(self, folder: Path):
-        "Write `config.json`, `model.safetensors`, the tokenizer and a model card; atomic, nothing executable"
+        """Write `config.json`, `model.safetensors`, the tokenizer and a model card; atomic, nothing
+        executable"""
         from mope_clip.clip.folders import save_clip  # the room after this one
 
         save_clip(self, folder)
@@ -124,12 +127,13 @@ def whole_spec(
         }
     return PruneSpec(**kept, base=base)
 
-# %% ../../nbs/02f_model.ipynb #25db4e7e
+# %% ../../nbs/02f_model.ipynb #6886840c
 def check_fits(
     spec: PruneSpec,
     shape: dict,  # of the model, see `shape_of`
 ):
-    "Refuse a specification of a model of another shape, or one that keeps what the model does not have"
+    """Refuse a specification of a model of another shape, or one that keeps what the model does not
+    have"""
     base = whole_spec(shape).base
     for tower, layers in shape.items():
         here, there = base[tower], spec.base[tower]
@@ -154,7 +158,8 @@ def prune(
     clip: Clip,
     spec: PruneSpec,  # by position in `clip`: its base is the shape of `clip`
 ) -> Clip:  # a new model with smaller tensors
-    "A copy of `clip` from which everything that `spec` does not keep is really removed; `ValueError` where it is of another model"
+    """A copy of `clip` from which everything that `spec` does not keep is really removed;
+    `ValueError` where it is of another model"""
     spec = spec.checked()
     check_fits(spec, shape_of(clip))
     left = {}

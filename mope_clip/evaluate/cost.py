@@ -11,27 +11,29 @@ import torch.nn as nn
 from ..clip import TOWERS, Clip, PruneSpec, shape_of
 from ..clip.model import check_fits
 
-# %% ../../nbs/03c_cost.ipynb #ee3b4b40
+# %% ../../nbs/03c_cost.ipynb #6106c487
 def tower_macs(
     clip: Clip,
     tower: str,  # 'vision' or 'text'
     tokens: int | None = None,  # sequence length; None: the full one
 ) -> int:
-    "Multiply-accumulates of one image or caption: projections, both products of attention, FFN, stem and head"
+    """Multiply-accumulates of one image or caption: projections, both products of attention, FFN,
+    stem and head"""
     net = clip.tower(tower)
     n, total = tokens or net.tokens, 0
     for block in net.blocks:
         total += block.heads * block.head_macs(n) + block.neurons * block.neuron_macs(n)
     return total + net.stem_macs(n) + net.head_macs()
 
-# %% ../../nbs/03c_cost.ipynb #f74cceed
+# %% ../../nbs/03c_cost.ipynb #29560a4e
 def count(module: nn.Module) -> int:
     "Parameters of a module, each once"
     return sum(p.numel() for p in module.parameters())
 
 
 def cost(clip: Clip) -> dict:
-    "Parameters and multiply-accumulates (one image, one caption of full length) per tower, by closed formula"
+    """Parameters and multiply-accumulates (one image, one caption of full length) per tower, by
+    closed formula"""
     vision = count(clip.vision)
     scales = clip.logit_scale.numel()
     if clip.logit_bias is not None:
@@ -70,12 +72,13 @@ def module_costs(
         out.append(dict(head=head, neuron=neuron, rest=rest))
     return out
 
-# %% ../../nbs/03c_cost.ipynb #99d50779
+# %% ../../nbs/03c_cost.ipynb #9142890f
 def spec_cost(
     clip: Clip,
     spec: PruneSpec,  # by position in `clip`
 ) -> dict:  # as `cost` gives
-    "What `cost(prune(clip, spec))` will be, without building the model; refuses what `prune` refuses"
+    """What `cost(prune(clip, spec))` will be, without building the model; refuses what `prune`
+    refuses"""
     check_fits(spec, shape_of(clip))
     out = cost(clip)
     for tower in TOWERS:

@@ -56,7 +56,9 @@ def latency(
     batch: int = 32,
     towers: tuple = TOWERS,
     min_run_time: float = 0.5,  # seconds of measurement a tower; little is enough for a plan
-) -> dict:  # batch, threads; a tower: milliseconds a batch (median, interquartile range), items a second
+) -> (
+    dict
+):  # batch, threads; a tower: milliseconds a batch (median, interquartile range), items a second
     "Measured time of one batch through each tower"
     inputs = {tower: sample_input(clip, tower, batch) for tower in towers}
     calls = {tower: partial(clip.tower(tower), x) for tower, x in inputs.items()}
@@ -110,7 +112,9 @@ def peak_memory(
     clip: Clip,
     batch: int = 32,
     towers: tuple = TOWERS,
-) -> dict:  # batch; a tower's bytes beyond weights and input, or None; what was measured, or why not
+) -> (
+    dict
+):  # batch; a tower's bytes beyond weights and input, or None; what was measured, or why not
     "Peak memory of one forward pass of each tower"
     out = dict(batch=batch)
     for tower in towers:

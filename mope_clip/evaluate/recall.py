@@ -30,7 +30,7 @@ def images_of(
         raise ValueError('There are no images.')
     return out
 
-# %% ../../nbs/03a_recall.ipynb #02d40d73
+# %% ../../nbs/03a_recall.ipynb #db063592
 @torch.inference_mode()
 def encode(
     clip: Clip,
@@ -38,7 +38,8 @@ def encode(
     x: torch.Tensor,  # images (n, 3, s, s) or token ids (n, c)
     batch: int = 128,  # items at a time
 ) -> torch.Tensor:  # (n, e) float32 (float64 of a double model), L2-normalised, on the CPU
-    "Features of one tower, batch by batch; captions in order of length, so that little padding is computed"
+    """Features of one tower, batch by batch; captions in order of length, so that little padding is
+    computed"""
     embed = clip.encode_image if tower == 'vision' else clip.encode_text
     order = torch.arange(len(x))
     if tower == 'text':
@@ -64,10 +65,10 @@ def similarities(
     for first in range(0, len(queries), step):
         yield first, queries[first : first + step] @ gallery.T
 
-# %% ../../nbs/03a_recall.ipynb #85a577d0
+# %% ../../nbs/03a_recall.ipynb #72227764
 def ranks_of_images(
     sims: torch.Tensor,  # (b, m) of b images and all captions
-    owner: torch.Tensor,  # (m,) the row that a caption belongs to; below 0 or from b on: none of these
+    owner: torch.Tensor,  # (m,) a caption's row; below 0 or from b on: none of these
 ) -> torch.Tensor:  # (b,)
     "How many wrong captions are at least as similar as the best own one"
     own = ((owner >= 0) & (owner < len(sims))).nonzero()[:, 0]
@@ -87,9 +88,10 @@ def ranks_of_captions(
     right = sims.gather(1, owner[:, None])
     return (sims >= right).sum(1, dtype=torch.int32).long() - 1
 
-# %% ../../nbs/03a_recall.ipynb #bacd56c7
+# %% ../../nbs/03a_recall.ipynb #9c4c4e59
 def check_finite(*features: torch.Tensor):
-    "`ValueError` where features hold NaN or infinite values, which would win or lose every comparison"
+    """`ValueError` where features hold NaN or infinite values, which would win or lose every
+    comparison"""
     # one anywhere makes the sum one
     if not all(x.sum().isfinite() for x in features):
         raise ValueError(
@@ -129,7 +131,7 @@ def recalls(
             out[f'{direction}@{k}'] = 100 * (found < k).float().mean().item()
     return {**out, 'mean_recall': sum(out.values()) / 6}
 
-# %% ../../nbs/03a_recall.ipynb #c4cf2bfc
+# %% ../../nbs/03a_recall.ipynb #906eb3a8
 def owners(captions: list) -> torch.Tensor:  # of lists of str -> (m,)
     "The image index of each caption, in the order of the flattened captions"
     return torch.tensor([image for image, own in enumerate(captions) for _ in own])
@@ -140,7 +142,8 @@ def encode_images(
     images,  # a list of PIL images, or a data set's column
     batch: int = 128,
 ) -> torch.Tensor:  # (n, e)
-    "Image features; pictures are prepared batch by batch, so that memory does not grow with the data set"
+    """Image features; pictures are prepared batch by batch, so that memory does not grow with the
+    data set"""
     parts = (images[i : i + batch] for i in range(0, len(images), batch))
     return torch.cat([encode(clip, 'vision', images_of(clip, part), batch) for part in parts])
 
@@ -156,13 +159,14 @@ def encode_captions(
     features = encode(clip, 'text', clip.tokenizer(list(distinct)), batch)
     return features[torch.tensor([distinct[caption] for caption in flat])]
 
-# %% ../../nbs/03a_recall.ipynb #647bdbae
+# %% ../../nbs/03a_recall.ipynb #3ba8b4cd
 def retrieval(
     clip: Clip,
     pairs,  # columns image, captions
     batch: int = 128,  # images or captions at a time
 ) -> dict:  # 'TR@1' ... 'IR@10', 'mean_recall', per cent
-    "Recall of a model on image-text pairs, the whole set as the gallery; ties count against the model"
+    """Recall of a model on image-text pairs, the whole set as the gallery; ties count against the
+    model"""
     captions = list(pairs['captions'])
     image_features = encode_images(clip, pairs['image'], batch)
     text_features = encode_captions(clip, captions, batch)

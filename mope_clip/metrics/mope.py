@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['without_module', 'mope_plain', 'modules_of', 'ranks_together', 'features_without_rank', 'seconds_per_mac', 'preview',
-           'say_cost', 'LayerScorer', 'score_all', 'score_claimed', 'mope', 'default_batch']
+           'say_cost', 'LayerScorer', 'batches_of', 'score_all', 'score_claimed', 'mope']
 
-# %% ../../nbs/04e_mope.ipynb #e45da30c
+# %% ../../nbs/04e_mope.ipynb #a2d35b70
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 import torch
 
-from ..clip import TOWERS, Clip, prune, shape_of, whole_spec
+from ..clip import TOWERS, Clip, prune, whole_spec
 from ..data.files import Progress
 from ..evaluate import tower_macs
 from mope_clip.metrics.engine import (
@@ -38,7 +38,7 @@ from mope_clip.metrics.table import (
 )
 from .z import ScoringTask
 
-# %% ../../nbs/04e_mope.ipynb #c3be47d9
+# %% ../../nbs/04e_mope.ipynb #a0c7233d
 def without_module(
     clip: Clip,
     tower: str,  # 'vision' or 'text'
@@ -69,7 +69,8 @@ def mope_plain(
     neurons: list | None = None,  # of the group
     z: str | Callable = 'mean_recall',
 ) -> float:  # points of Z
-    "The module-wise pruning error by its definition: what `mope` gives for all modules, at many times its cost"
+    """The module-wise pruning error by its definition: what `mope` gives for all modules, at many
+    times its cost"""
     task = ScoringTask(clip, pairs, z)
     smaller = without_module(clip, tower, layer, module, index, neurons)
     before = task.contributions(**task.dense).mean()
@@ -109,9 +110,10 @@ def modules_of(
             out[tower, layer] = wanted, split
     return out
 
-# %% ../../nbs/04e_mope.ipynb #b00eb879
+# %% ../../nbs/04e_mope.ipynb #7aff8156
 def ranks_together(todo: dict) -> dict:  # of `modules_of`
-    "The same candidates, with group g of all layers of a tower as one of them, under the layer 'all'"
+    """The same candidates, with group g of all layers of a tower as one of them, under the layer
+    'all'"""
     out = {}
     for key, (wanted, split) in todo.items():
         rest = [module for module in wanted if module[0] != 'ffn']
@@ -133,11 +135,11 @@ def features_without_rank(task: ScoringTask, tower: str, group: int, splits: dic
             kept['neurons'] = sorted(set(kept['neurons']) - set(split[group]))
     return task.encode(prune(task.computing, spec), tower)
 
-# %% ../../nbs/04e_mope.ipynb #f29f7b92
+# %% ../../nbs/04e_mope.ipynb #60e43b21
 def seconds_per_mac(task: ScoringTask, tower: str) -> float:
     "Measured on one batch of a tower, after a first one that warms up"
     clip = task.computing
-    x = task.x[tower][: task.batch].to(clip.device)
+    x = task.x[tower][: task.items_at_once(tower)].to(clip.device)
     encode = clip.encode_image if tower == 'vision' else clip.encode_text
     with torch.inference_mode():
         for _ in range(2):
@@ -156,7 +158,7 @@ def preview(
 ) -> dict:  # modules, MACs of one dense evaluation, of the engine and of brute force, seconds
     "What scoring will cost, from shapes and one timed batch of each tower"
     clip = task.clip
-    tokens = {t: round(tokens_of(clip.tower(t), task.x[t], task.batch)) for t in TOWERS}
+    tokens = {t: round(tokens_of(clip.tower(t), task.x[t], task.items_at_once(t))) for t in TOWERS}
     dense = {t: len(task.x[t]) * tower_macs(clip, t, tokens[t]) for t in TOWERS}
     engine, modules = dict(dense), sum(len(wanted) for wanted, _ in todo.values())
     for (t, layer), (wanted, split) in todo.items():
@@ -191,7 +193,7 @@ def say_cost(task: ScoringTask, todo: dict, log: Callable | None, graded: bool =
     if log or cost['seconds'] > 5:
         (log or print)(line)
 
-# %% ../../nbs/04e_mope.ipynb #3f0b374e
+# %% ../../nbs/04e_mope.ipynb #f395bf8f
 @dataclass
 class LayerScorer:
     "Scores one layer after another, and holds the inputs of the one that comes next"
@@ -212,7 +214,7 @@ class LayerScorer:
             self.inputs = LayerInputs(
                 clip.tower(tower),
                 self.task.x[tower],
-                self.task.batch,
+                self.task.items_at_once(tower),
                 clip.device,
                 self.memory,
                 self.compile,
@@ -243,14 +245,19 @@ class LayerScorer:
         if parts:
             keep_part(parts / f'{group}.npz', kept)
         difference = self.task.drop(tower, kept['ffn', group])
-        self.tick(-(-len(self.task.x[tower]) // self.task.batch))
+        self.tick(batches_of(self.task, tower))
         return [
             score_row(tower, 'ffn', layer, group, split[group], difference)
             for layer, split in splits.items()
             if group < len(split)
         ]
 
-# %% ../../nbs/04e_mope.ipynb #1587a4c3
+# %% ../../nbs/04e_mope.ipynb #e20670e5
+def batches_of(task: ScoringTask, tower: str) -> int:
+    "How many forwards the items of a tower take"
+    return -(-len(task.x[tower]) // task.items_at_once(tower))
+
+
 def score_all(
     task: ScoringTask,
     todo: dict,  # of `modules_of`
@@ -264,7 +271,7 @@ def score_all(
         if (found := store.read_layer(*key)) is not None:
             rows[key] = found
     left = {key: work for key, work in todo.items() if key not in rows}
-    steps = sum(len(w) * -(-len(task.x[t]) // task.batch) for (t, _), (w, _) in left.items())
+    steps = sum(len(wanted) * batches_of(task, t) for (t, _), (wanted, _) in left.items())
     scorer = LayerScorer(task, memory, Progress(steps).update, compile)
     while len(rows) < len(todo):
         for key, (wanted, split) in left.items():
@@ -290,33 +297,36 @@ def score_claimed(
             return None
         if (found := store.read_layer(*key)) is not None:
             return found
-        rows = scorer.rows(*key, wanted, split, store.parts(*key))
+        # on a GPU a layer takes seconds, and fetching its features would take as long
+        parts = store.parts(*key) if scorer.task.clip.device.type == 'cpu' else None
+        rows = scorer.rows(*key, wanted, split, parts)
         store.keep_layer(*key, rows)
         return rows
 
-# %% ../../nbs/04e_mope.ipynb #45eb08cc
+# %% ../../nbs/04e_mope.ipynb #b0ef1b3d
 @register_metric('mope', needs_pairs=True)
 def mope(
     clip: Clip,
-    pairs,  # image-text pairs (labelled images for z='zero_shot') of a split that is not reported on
+    pairs,  # of a split that is not reported on; labelled images for z='zero_shot'
     towers: tuple = TOWERS,  # which towers to score; the other stays intact
     modules: tuple = MODULES[:3],  # among 'head', 'ffn', 'layer', 'attn', 'mlp'
     groups: int = 8,  # FFN groups a layer
-    z: str | Callable = 'mean_recall',  # or a single recall, 'contrastive', 'soft_recall', 'zero_shot', a function
-    store=None,  # a folder that keeps what is finished: a killed run goes on, processes share the work
-    rewire: bool = True,  # FFN groups by Taylor rank; False, and for z='zero_shot': contiguous slices
+    z: str | Callable = 'mean_recall',  # see `check_z`; or a function of both features
+    store=None,  # a folder that keeps what is finished, and that processes share
+    rewire: bool = True,  # FFN groups by Taylor rank; else contiguous slices
     batch: int | None = None,  # images or captions of a forward; None: 64, on a GPU what fills it
-    precision: str = 'fp32',  # 'bf16' or 'fp16': towers in half precision; fp32 on the CPU is the reference
+    precision: str = 'fp32',  # 'bf16' or 'fp16': the towers in half precision
     memory: float = 4e9,  # bytes of layer inputs kept in memory; beyond, memory-mapped files
     allow_test: bool = False,  # score on the test split all the same, and say so in the table
     diffs: bool = False,  # also a column with the paired differences of each module (n,)
     together: bool = False,  # one rank group goes from all layers of a tower at once
     compile: bool = False,  # blocks by torch.compile: worth it on a GPU for minutes of work
-    log: Callable | None = None,  # is told what scoring will cost; None: printed where over five seconds
+    log: Callable | None = None,  # told the cost; None: printed where over 5 s
 ) -> pd.DataFrame:  # one row a module: score and standard error in points of Z
-    "The module-wise pruning error of every module; `ValueError` in one sentence for what cannot be scored"
+    """The module-wise pruning error of every module; `ValueError` in one sentence for what cannot
+    be scored"""
     towers, modules = check_scoring(pairs, towers, modules, allow_test)
-    task = ScoringTask(clip, pairs, z, batch or default_batch(clip), precision)
+    task = ScoringTask(clip, pairs, z, batch, precision)
     rewire = rewire and not task.labelled  # prompts are no pairs to take a gradient from
     options = dict(
         metric='mope',
@@ -349,10 +359,3 @@ def mope(
     if diffs:
         table['diffs'] = [row['diffs'] for row in rows]
     return table
-
-
-def default_batch(clip: Clip) -> int:
-    "64 items a forward; on a GPU as many as make about 65,536 image tokens, at least 256"
-    if clip.device.type != 'cuda':
-        return 64
-    return max(256, 65_536 // clip.vision.tokens)

@@ -23,13 +23,14 @@ def competitions(
     layers = np.where(inside, '/' + scores.layer.astype(str), '')
     return scores.tower + '/' + scores.module + layers
 
-# %% ../../nbs/04g_resolution.ipynb #fa4e6022
+# %% ../../nbs/04g_resolution.ipynb #3602790f
 def resampled(
     scores: pd.DataFrame,  # with a column `diffs`, or with `score` and `se`
     draws: int = 1000,
     seed: int = 0,
 ) -> np.ndarray:  # (draws, modules)
-    "Scores of bootstrap samples of the images, shared by all modules; independent normals where the table has no differences"
+    """Scores of bootstrap samples of the images, shared by all modules; independent normals where
+    the table has no differences"""
     rng = np.random.default_rng(seed)
     if 'diffs' not in scores:
         spread = np.nan_to_num(scores.se.to_numpy(dtype=float))
@@ -56,10 +57,11 @@ def kept_probability(
         out[rows] = (order.argsort(1) < keep_count(len(rows), keep)).mean(0)
     return pd.Series(out, scores.index, name='p_kept')
 
-# %% ../../nbs/04g_resolution.ipynb #a56878ab
+# %% ../../nbs/04g_resolution.ipynb #172e535e
 def resolved(
     p_kept: pd.Series,  # of `kept_probability`
     confidence: float = 0.9,
 ) -> float:  # share in [0, 1]
-    "The share of modules that belong to the kept set, or to the rest, with at least this probability"
+    """The share of modules that belong to the kept set, or to the rest, with at least this
+    probability"""
     return float(((p_kept >= confidence) | (p_kept <= 1 - confidence)).mean())

@@ -6,7 +6,7 @@
 __all__ = ['squares', 'norms', 'magnitude', 'random_scores', 'data_of', 'taylor', 'mask_gradients', 'fisher', 'ActivationSums',
            'output_strength', 'activation', 'UnimodalTask', 'unimodal', 'every_other']
 
-# %% ../../nbs/04f_rivals.ipynb #db447064
+# %% ../../nbs/04f_rivals.ipynb #ca2a44a5
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ..clip import TOWERS, Clip
 from ..clip.blocks import per_unit
 from ..evaluate import check_finite
-from .mope import default_batch, modules_of, say_cost, score_all
+from .mope import modules_of, say_cost, score_all
 from mope_clip.metrics.table import (
     MODULES,
     BlockScores,
@@ -77,15 +77,13 @@ def random_scores(
     )
     return score_blocks(clip, towers, groups, scores, metric='random', seed=seed)
 
-# %% ../../nbs/04f_rivals.ipynb #d1d6c168
+# %% ../../nbs/04f_rivals.ipynb #6a5ca12c
 def data_of(clip: Clip, pairs, towers, allow_test: bool) -> dict:
     "What a table says of its data, after the checks that `mope` makes"
     check_scoring(pairs, towers, ('head',), allow_test)
     if 'captions' not in pairs.column_names:
         raise ValueError('This metric needs image-text pairs (load_pairs), not labelled images.')
-    return dict(
-        split=str(pairs.split), scored_on_test=is_test(pairs.split), images=len(pairs)
-    )
+    return dict(split=str(pairs.split), scored_on_test=is_test(pairs.split), images=len(pairs))
 
 
 @register_metric('taylor', needs_pairs=True)
@@ -97,7 +95,8 @@ def taylor(
     batch: int | None = None,  # pairs that the contrastive loss compares at a time; None: 64
     allow_test: bool = False,
 ) -> pd.DataFrame:  # score: |weight x gradient|, in units of the contrastive loss (nats)
-    "First-order Taylor scores of heads and neurons, in DynaBERT's form; a layer is the sum of its parts"
+    """First-order Taylor scores of heads and neurons, in DynaBERT's form; a layer is the sum of its
+    parts"""
     known = data_of(clip, pairs, towers, allow_test)
     graded = gradients(clip, pairs, batch or 64)
 
@@ -113,7 +112,7 @@ def taylor(
     scores = BlockScores(heads, neurons, layer_score)
     return score_blocks(graded, towers, groups, scores, metric='taylor', **known)
 
-# %% ../../nbs/04f_rivals.ipynb #e3aea94b
+# %% ../../nbs/04f_rivals.ipynb #a662976a
 def mask_gradients(slices: list) -> torch.Tensor:  # of a block that holds gradients -> (units,)
     "The gradient of a factor on what each unit writes"
     return per_unit([part for part in slices if part.side == 'out'], salience)
@@ -128,7 +127,8 @@ def fisher(
     pairs_each: int = 8,  # pairs whose gradient is squared together
     allow_test: bool = False,
 ) -> pd.DataFrame:  # score: nats squared
-    "Empirical Fisher information of a mask on each head and neuron: squared mask gradients, averaged over small batches"
+    """Empirical Fisher information of a mask on each head and neuron: squared mask gradients,
+    averaged over small batches"""
     known = data_of(clip, pairs, towers, allow_test)
     total, starts = {}, range(0, len(pairs) - 1, pairs_each)
     for start in starts:
@@ -152,7 +152,7 @@ def fisher(
     )
     return score_blocks(clip, towers, groups, scores, metric='fisher', **known)
 
-# %% ../../nbs/04f_rivals.ipynb #3a9d18d9
+# %% ../../nbs/04f_rivals.ipynb #911e94cf
 class ActivationSums:
     "Sums over tokens of what heads and neurons put out, and of how far a layer turns the stream"
 
@@ -185,7 +185,8 @@ def activation(
     batch: int | None = None,  # items at a time, whose padding counts as tokens; None: 64
     allow_test: bool = False,
 ) -> pd.DataFrame:  # score: in units of the activations
-    "Root mean square of activations times the norm of the output weights; for layers one minus the cosine of input and output"
+    """Root mean square of activations times the norm of the output weights; for layers one minus
+    the cosine of input and output"""
     known = data_of(clip, pairs, towers, allow_test)
     task, seen = ScoringTask(clip, pairs), {}
     for name in names_among('towers', towers, TOWERS):
@@ -212,7 +213,7 @@ def activation(
     scores = BlockScores(heads, neurons, turned)
     return score_blocks(clip, towers, groups, scores, metric='activation', **known)
 
-# %% ../../nbs/04f_rivals.ipynb #bafade61
+# %% ../../nbs/04f_rivals.ipynb #fed14346
 class UnimodalTask(ScoringTask):
     "A task whose Z is how well one tower's embeddings are kept"
 
@@ -234,7 +235,7 @@ def unimodal(
 ) -> pd.DataFrame:  # score: 100 x the mean of one minus the cosine; n: images or distinct captions
     "The drop measured on each tower's own embeddings"
     towers, modules = check_scoring(pairs, towers, modules, allow_test)
-    task = UnimodalTask(clip, pairs, batch=batch or default_batch(clip))
+    task = UnimodalTask(clip, pairs, batch=batch)
     plain = modules_of(clip, pairs, towers, modules, groups, rewire=False)
     say_cost(task, plain, None, graded='ffn' in modules)
     images = task.x['vision']

@@ -21,7 +21,7 @@ from ..clip import TOWERS, Clip, shape_of, weights_hash
 from ..data.files import write_atomic
 from .z import ScoringTask
 
-# %% ../../nbs/04d_store.ipynb #8d13e068
+# %% ../../nbs/04d_store.ipynb #a42960de
 def function_of(clip: Clip) -> str:
     "What decides the function of a model beside its weights"
     said = [
@@ -41,10 +41,10 @@ def task_key(
     said = json.dumps({**options, **task.made_by, 'batch': task.batch}, sort_keys=True, default=str)
     digest = hashlib.sha256((weights_hash(task.clip) + function_of(task.clip) + said).encode())
     for values in (*task.x.values(), task.caption, task.owner):
-        digest.update(values.contiguous().view(torch.uint8).numpy())
+        digest.update(values.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/04d_store.ipynb #b80c57c4
+# %% ../../nbs/04d_store.ipynb #34ffdcb2
 class Store:
     "The folder of one task: finished layers, the modules that were agreed on, Z of the whole model"
 
@@ -140,13 +140,15 @@ class Store:
         rows = []
         for (owner, layer), (wanted, split) in made.items():
             if owner == tower:
-                rows.append([layer, wanted, split if isinstance(split, list) else list(split.items())])
+                split = split if isinstance(split, list) else list(split.items())
+                rows.append([layer, wanted, split])
         text = json.dumps(rows)
         write_atomic(self.modules_file(tower), lambda file: file.write(text.encode()))
 
     def read_modules(self, tower: str) -> dict:
         found = {}
-        for layer, wanted, split in json.loads(self.modules_file(tower).read_text(encoding='utf-8')):
+        text = self.modules_file(tower).read_text(encoding='utf-8')
+        for layer, wanted, split in json.loads(text):
             split = dict(map(tuple, split)) if layer == 'all' else split
             found[tower, layer] = ([tuple(module) for module in wanted], split)
         return found

@@ -7,7 +7,7 @@ __all__ = ['MODULES', 'COLUMNS', 'METRICS', 'names_among', 'check_scoring', 'neu
            'taylor_scores', 'score_row', 'score_table', 'BlockScores', 'score_blocks', 'Metric', 'register_metric',
            'score_by']
 
-# %% ../../nbs/04b_table.ipynb #6bd3ab2b
+# %% ../../nbs/04b_table.ipynb #9f7f5231
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from ..clip import TOWERS, Clip, shape_of, weights_hash
-from ..clip.blocks import Block, per_unit
+from ..clip.blocks import per_unit
 from ..data.files import progress
 from ..evaluate import images_of
 from .z import is_test
@@ -123,7 +123,7 @@ def taylor_scores(slices: list) -> torch.Tensor:  # of a block's heads or neuron
     out = [part for part in slices if part.side == 'out']
     return (per_unit(into, salience).abs() + per_unit(out, salience).abs()).cpu()
 
-# %% ../../nbs/04b_table.ipynb #4498d4ad
+# %% ../../nbs/04b_table.ipynb #84f371be
 COLUMNS = ['tower', 'module', 'layer', 'index', 'neurons', 'score', 'se', 'n']
 
 
@@ -136,7 +136,7 @@ def score_row(
     differences: torch.Tensor,  # (n,) of Z, image by image
 ) -> dict:
     "One row of the table from paired differences: their mean and its standard error"
-    n = len(differences)
+    differences, n = differences.cpu(), len(differences)
     se = (differences.std() / n**0.5).item() if n > 1 else np.nan
     return dict(
         tower=tower,
@@ -160,7 +160,7 @@ def score_table(rows: list, clip: Clip, **made_by) -> pd.DataFrame:
     )
     return table
 
-# %% ../../nbs/04b_table.ipynb #82509f50
+# %% ../../nbs/04b_table.ipynb #09e79b7b
 @dataclass
 class BlockScores:
     "How a metric rates what a block consists of: each is called with (tower, layer, block)"
@@ -186,7 +186,8 @@ def score_blocks(
 
     for tower in names_among('towers', towers, TOWERS):
         for layer, block in enumerate(clip.tower(tower).blocks):
-            of_neurons, of_heads = (rate(tower, layer, block) for rate in (scores.neurons, scores.heads))
+            of_neurons = scores.neurons(tower, layer, block)
+            of_heads = scores.heads(tower, layer, block)
             for head, score in enumerate(of_heads):
                 add(tower, 'head', layer, head, score)
             order = of_neurons.argsort(descending=True)

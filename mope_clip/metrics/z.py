@@ -17,7 +17,7 @@ from ..clip import TOWERS, Clip
 from ..data import prompts_of
 from ..evaluate import check_finite, encode, images_of, owners, ranks
 
-# %% ../../nbs/04a_z.ipynb #3aebd310
+# %% ../../nbs/04a_z.ipynb #17695305
 # name -> the K of image-to-text and of text-to-image recall whose mean it is
 HITS = {
     'mean_recall': ((1, 5, 10), (1, 5, 10)),
@@ -36,15 +36,16 @@ def hits(
     of_images, of_captions = ranks(image_features, text_features, owner)
     for_images, for_captions = HITS[name]
     n, m = len(of_images), len(owner)
-    out = torch.zeros(n, dtype=torch.double)
+    none = torch.zeros(n, dtype=torch.double, device=of_images.device)
+    out = none
     for k in for_images:
         out = out + (of_images < k).double()
     for k in for_captions:
-        found = torch.zeros(n, dtype=torch.double).index_add_(0, owner, (of_captions < k).double())
+        found = none.index_add(0, owner, (of_captions < k).double())
         out = out + found * n / m
     return 100 * out / (len(for_images) + len(for_captions))
 
-# %% ../../nbs/04a_z.ipynb #cca66130
+# %% ../../nbs/04a_z.ipynb #b8e5e9a2
 def log_shares(
     image_features: torch.Tensor,  # (n, e), normalised
     text_features: torch.Tensor,  # (m, e), normalised
@@ -53,7 +54,7 @@ def log_shares(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (m,), (m,)
     "Log-probabilities of each caption given its image, and of its image given the caption"
     images, captions = scale * image_features.double(), text_features.double()
-    given_image, given_caption = [], torch.full((len(captions),), -torch.inf, dtype=torch.double)
+    given_image, given_caption = [], captions.new_full((len(captions),), -torch.inf)
     for few in images.split(max(1, 2**23 // len(captions))):  # 64 MB of logits at a time
         logits = few @ captions.T
         given_image.append(logits.logsumexp(1))
@@ -71,11 +72,11 @@ def both_ways(
     from_captions = torch.zeros_like(of_images).index_add_(0, owner, of_captions)
     return 50 * (of_images + from_captions * len(of_images) / len(owner))
 
-# %% ../../nbs/04a_z.ipynb #5360cd69
+# %% ../../nbs/04a_z.ipynb #0976c8d3
 def contrastive_z(image_features, text_features, owner, scale) -> torch.Tensor:  # (n,)
     "Log-likelihood of an image's captions and of its captions' image, averaged; 100 x nats"
     captions, images = log_shares(image_features, text_features, owner, scale)
-    best = torch.full((len(image_features),), -torch.inf, dtype=torch.double)
+    best = captions.new_full((len(image_features),), -torch.inf)
     best.scatter_reduce_(0, owner, captions, 'amax')
     # captions of an image add up, without underflow
     rest = torch.zeros_like(best).index_add_(0, owner, (captions - best[owner]).exp())
@@ -85,13 +86,13 @@ def contrastive_z(image_features, text_features, owner, scale) -> torch.Tensor: 
 def soft_recall_z(image_features, text_features, owner, scale) -> torch.Tensor:  # (n,)
     "The probability that the model's own temperature gives to the right answers, averaged; points"
     captions, images = log_shares(image_features, text_features, owner, scale)
-    found = torch.zeros(len(image_features), dtype=torch.double)
-    return both_ways(found.index_add_(0, owner, captions.exp()), images.exp(), owner)
+    found = captions.new_zeros(len(image_features)).index_add_(0, owner, captions.exp())
+    return both_ways(found, images.exp(), owner)
 
 
 SMOOTH = dict(contrastive=contrastive_z, soft_recall=soft_recall_z)
 
-# %% ../../nbs/04a_z.ipynb #a268bcfe
+# %% ../../nbs/04a_z.ipynb #f0e0f215
 def check_z(z):
     "`ValueError` for a Z that is not known, before anything is computed"
     names = (*HITS, *SMOOTH)
@@ -109,17 +110,18 @@ def contributions(
     owner: torch.Tensor,  # (m,) image of each caption
     scale: float = 100.0,  # logit scale, for the smooth ones
 ) -> torch.Tensor:  # (n,): their mean is Z; (1,) where a callable gives one number
-    "What each image contributes to Z: points (0-100) for recalls, 100 x nats for 'contrastive'; `ValueError` for NaN"
+    """What each image contributes to Z: points (0-100) for recalls, 100 x nats for 'contrastive';
+    `ValueError` for NaN"""
     check_z(z)
     check_finite(image_features, text_features)
     if callable(z):
         value = z(image_features, text_features)
-        return torch.as_tensor(value, dtype=torch.double).reshape(-1).cpu()
+        return torch.as_tensor(value, dtype=torch.double).reshape(-1)
     if z in SMOOTH:
         return SMOOTH[z](image_features, text_features, owner, scale)
     return hits(image_features, text_features, owner, z)
 
-# %% ../../nbs/04a_z.ipynb #b60bd616
+# %% ../../nbs/04a_z.ipynb #a6a04ef9
 PRECISIONS = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)
 
 
@@ -140,7 +142,7 @@ class ScoringTask:
         clip: Clip,
         pairs,  # image-text pairs; labelled images for z='zero_shot'
         z: str | Callable = 'mean_recall',
-        batch: int = 128,  # images or captions at a time
+        batch: int | None = None,  # images or captions at a time; None: see `items_at_once`
         precision: str = 'fp32',  # 'bf16' or 'fp16': the towers compute in half precision
     ):
         check_z(z)
@@ -155,8 +157,10 @@ class ScoringTask:
         distinct = {caption: i for i, caption in enumerate(dict.fromkeys(flat))}
         ids = clip.tokenizer(list(distinct))
         self.x = dict(vision=images_of(clip, pairs['image']), text=ids)
-        self.caption = torch.tensor([distinct[caption] for caption in flat])
-        self.owner = torch.tensor(pairs['label']) if self.labelled else owners(captions)
+        owner = torch.tensor(pairs['label']) if self.labelled else owners(captions)
+        # features and Z stay where the model is: on a GPU ranking is many times faster
+        self.owner = owner.to(clip.device)
+        self.caption = torch.tensor([distinct[caption] for caption in flat]).to(clip.device)
 
     def suite_prompts(self) -> list:
         "The prompts of each class, a list a class"
@@ -181,9 +185,18 @@ class ScoringTask:
         "The model in the precision that is computed in"
         return in_precision(self.clip, self.precision)
 
+    def items_at_once(self, tower: str) -> int:
+        "Items of a forward: those asked for; else 64 on a CPU, and on a GPU about 65,536 tokens"
+        if self.batch:
+            return self.batch
+        if self.clip.device.type != 'cuda':
+            return 64
+        return 4096 if tower == 'text' else max(1, 65_536 // self.clip.vision.tokens)
+
     def encode(self, clip: Clip, tower: str) -> torch.Tensor:
-        "Features of one tower of `clip`: images (n, e), or distinct captions (m, e)"
-        return encode(clip, tower, self.x[tower], self.batch)
+        "Features of one tower of `clip`, on its device: images (n, e), or distinct captions (m, e)"
+        features = encode(clip, tower, self.x[tower], self.items_at_once(tower))
+        return features.to(self.clip.device)
 
     @cached_property
     def dense(self) -> dict:
@@ -209,16 +222,16 @@ class ScoringTask:
         "Paired differences (n,): Z of the whole model less Z with these features of one tower"
         return self.base - self.contributions(**{**self.dense, tower: features})
 
-# %% ../../nbs/04a_z.ipynb #ac07d33b
+# %% ../../nbs/04a_z.ipynb #f1286cf4
 def is_test(split) -> bool:
     "Whether a split is the test split or the final one, a slice of it, or a sum with it"
     parts = [part.strip() for part in str(split).split('+')]
     return any(part.split('[')[0] in ('test', 'final') for part in parts)
 
 
-def check_task(clip: Clip, pairs, z, batch: int, precision: str):
+def check_task(clip: Clip, pairs, z, batch: int | None, precision: str):
     "Refuse what a task cannot be made of, in one sentence"
-    if batch < 1:
+    if batch is not None and batch < 1:
         raise ValueError(
             f'batch is a number of images or captions at a time, at least 1, not {batch}.'
         )
@@ -228,7 +241,9 @@ def check_task(clip: Clip, pairs, z, batch: int, precision: str):
             'call clip.model.eval() first.'
         )
     if ('label' in pairs.column_names) != (z == 'zero_shot'):
-        needed = 'labelled images (load_labelled)' if z == 'zero_shot' else 'image-text pairs (load_pairs)'
+        needed = 'image-text pairs (load_pairs)'
+        if z == 'zero_shot':
+            needed = 'labelled images (load_labelled)'
         raise ValueError(f'z={z!r} needs {needed}.')
     if precision not in PRECISIONS:
         raise ValueError(f"precision is 'fp32', 'bf16' or 'fp16', not {precision!r}.")

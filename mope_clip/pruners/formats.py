@@ -5,17 +5,15 @@
 # %% auto #0
 __all__ = ['not_plain', 'plain', 'export_open_clip', 'hf_model', 'export_hf']
 
-# %% ../../nbs/05g_formats.ipynb #13c311ec
+# %% ../../nbs/05g_formats.ipynb #bf78b97f
 import json
 from pathlib import Path
 
 import torch
 
-from ..clip import TOWERS, Clip, shape_of
-from ..clip.convert import preprocess_to_hf
-from ..clip.convert import to_hf as in_hf_names
-from ..clip.folders import save_open_clip
+from ..clip import TOWERS, Clip, save_open_clip, shape_of
 from ..clip.layouts import even
+from ..clip.to_hugging_face import hf_config_and_weights, preprocess_to_hf
 from ..data.files import write_folder
 from .export import check_same, probe
 
@@ -66,13 +64,13 @@ def export_open_clip(
     "Write a folder for open_clip's `create_model_and_transforms('local-dir:...')` and tokenizer"
     save_open_clip(plain(clip, pad), folder, dtype)
 
-# %% ../../nbs/05g_formats.ipynb #dedb8ffb
+# %% ../../nbs/05g_formats.ipynb #bf3223bc
 @torch.no_grad()
 def hf_model(flat: Clip):  # `transformers.CLIPModel`
     "A plain model in Hugging Face's class; `ValueError` where it computes something else"
     from transformers import CLIPConfig, CLIPModel
 
-    config, state = in_hf_names(flat.config['model_cfg'], flat.model.state_dict())
+    config, state = hf_config_and_weights(flat.config['model_cfg'], flat.model.state_dict())
     model = CLIPModel(CLIPConfig(**config)).eval()
     model.load_state_dict(state)
     images, ids = probe(flat, 'vision', 2), probe(flat, 'text', 2)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['COSTS', 'CARD', 'base_cost', 'card_head', 'model_card', 'push_to_hub', 'from_pretrained']
 
-# %% ../../nbs/05h_hub.ipynb #b6b78cdc
+# %% ../../nbs/05h_hub.ipynb #f9b4068b
 import tempfile
 from pathlib import Path
 
 import torch
 
 from ..clip import Clip, build_clip, load_clip
-from ..clip.folders import from_hub
+from ..clip.load import from_hub
 from ..data.files import first_line, write_atomic
 from ..evaluate import cost
 

@@ -7,13 +7,13 @@ __all__ = ['PLANNING', 'SETTINGS', 'metric_names', 'score_arguments', 'score', '
            'prune', 'distill_arguments', 'distill', 'evaluate_arguments', 'shown', 'check_evaluation', 'numbers_of',
            'evaluate', 'export_arguments', 'export']
 
-# %% ../../nbs/08b_pipeline.ipynb #16ab3727
+# %% ../../nbs/08b_pipeline.ipynb #72171c5a
 import argparse
 import importlib
 import json
 from pathlib import Path
 
-from mope_clip.commands.registry import (
+from mope_clip.cli.registry import (
     check_out,
     check_weights,
     command,

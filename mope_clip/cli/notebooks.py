@@ -6,7 +6,7 @@
 __all__ = ['NAME', 'value_of', 'parameter_arguments', 'parameters_of', 'run_arguments', 'run', 'report_arguments', 'report',
            'no_arguments', 'lessons_arguments', 'readme_arguments', 'index', 'lessons', 'readme']
 
-# %% ../../nbs/08c_notebooks.ipynb #b96f397f
+# %% ../../nbs/08c_notebooks.ipynb #013f5122
 import argparse
 import json
 import sys

@@ -6,14 +6,14 @@
 __all__ = ['COMMANDS', 'CURABLE', 'Command', 'command', 'WithDefaults', 'parser_for', 'main', 'model_arguments', 'data_arguments',
            'place_of', 'check_weights', 'check_out', 'load_named']
 
-# %% ../../nbs/08a_registry.ipynb #008cf1d9
+# %% ../../nbs/08a_registry.ipynb #fb0f699b
 import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import __version__
+import mope_clip
 
 # %% ../../nbs/08a_registry.ipynb #619fa634
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def command(
 
     return register
 
-# %% ../../nbs/08a_registry.ipynb #00e1293e
+# %% ../../nbs/08a_registry.ipynb #593deaa4
 class WithDefaults(argparse.ArgumentDefaultsHelpFormatter):
     "Help that says a default where there is one, and no other says it already"
 
@@ -60,7 +60,7 @@ def parser_for(asked: str | None = None) -> argparse.ArgumentParser:
         prog='mope',
         description='Compress CLIP by really removing what a cross-modal task misses least.',
     )
-    parser.add_argument('--version', action='version', version=f'mope_clip {__version__}')
+    parser.add_argument('--version', action='version', version=f'mope_clip {mope_clip.__version__}')
     commands = parser.add_subparsers(dest='command', required=True)
     for name, known in COMMANDS.items():
         its = commands.add_parser(
