@@ -1,4 +1,4 @@
-"Shared by the tests: the repository's root, one way to run a command, and a grid of small architectures."
+"Shared by the tests: the root, one way to run a command, and a grid of small architectures."
 
 import copy
 import os
@@ -73,3 +73,25 @@ def model_of(name):
                 p.add_(0.1 * torch.randn_like(p))  # so that biases, norms and scales matter
     clip.model.double()
     return clip
+
+
+def uneven_tiny():
+    "The tiny model with half of the heads of a layer, none of another, a layer less"
+    from mope_clip.clip import PruneSpec, prune, tiny_clip
+
+    tiny = tiny_clip()
+    kept = dict(
+        vision={0: dict(heads=[0, 2], neurons=range(0, 128, 4)), 2: dict(heads=[], neurons=[])},
+        text={1: dict(heads=[3], neurons=range(64))},
+    )
+    return prune(tiny, PruneSpec(**kept, base=tiny.spec.base))
+
+
+def custom_tiny(**text):
+    "The tiny model in the other class of open_clip, with other options of the text tower"
+    from mope_clip.clip import build_clip, tiny_clip
+
+    tiny = tiny_clip()
+    config = copy.deepcopy(tiny.config['model_cfg'])
+    config['text_cfg'].update(text)
+    return build_clip(dict(tiny.config, model_cfg=dict(config, custom_text=True)), tiny.tokenizer)

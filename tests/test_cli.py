@@ -1,165 +1,555 @@
-"The command line as a process."
+"The command line: as a process, and command by command."
 
+import io
 import json
+import re
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 
+import pandas as pd
 import pytest
 from conftest import run
 
+from mope_clip.cli import COMMANDS, main
+from mope_clip.cli.notebooks import value_of
+from mope_clip.cli.registry import parser_for
+from mope_clip.clip import load_clip, save_spec, tiny_clip, weights_hash
+from mope_clip.data import synth_pairs
+from mope_clip.data.parallel import World
+from mope_clip.evaluate import cost, retrieval
 
-def mope(*args, **kw):
+
+def process(*args, **kw):
+    "A command in a process of its own"
     return run(sys.executable, '-m', 'mope_clip.cli', *args, **kw)
 
 
+def mope(*words):
+    "Exit code, standard output and standard error of a command"
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        try:
+            code = main(words)
+        except SystemExit as e:
+            code = e.code
+    return code, out.getvalue(), err.getvalue()
+
+
+# --- at once
+
+HEAVY = 'torch', 'pandas', 'datasets', 'transformers', 'open_clip', 'numpy', 'mope_clip.clip'
+
+
+@pytest.mark.parametrize('word', ['--help', '--version'])
+def test_no_library_is_imported_to_say_what_there_is(word):
+    r = run(sys.executable, '-X', 'importtime', '-m', 'mope_clip.cli', word)
+    imported = {line.split('|')[-1].strip() for line in r.stderr.splitlines() if '|' in line}
+    assert r.returncode == 0 and 'argparse' in imported
+    assert not imported & set(HEAVY)
+
+
+def test_the_package_itself_imports_no_library():
+    r = run(sys.executable, '-X', 'importtime', '-c', 'import mope_clip')
+    assert not any(re.search(rf'\| +{name}$', r.stderr, re.MULTILINE) for name in HEAVY)
+
+
 def test_help_names_every_command():
-    text = mope('--help').stdout
-    assert all(
-        c in text
-        for c in (
-            'score',
-            'prune',
-            'distill',
-            'evaluate',
-            'export',
-            'run',
-            'report',
-            'index',
-            'readme',
-        )
+    text = mope('--help')[1]
+    names = 'run report index lessons readme score prune distill evaluate export'.split()
+    assert list(COMMANDS) == names and all(name in text for name in names)
+
+
+def test_the_version_is_said():
+    from mope_clip import __version__
+
+    assert mope('--version') == (0, f'mope_clip {__version__}\n', '')
+
+
+# --- what is asked for
+
+
+@pytest.mark.parametrize('name', ['score', 'prune', 'distill', 'evaluate', 'export'])
+def test_a_command_of_the_pipeline_says_its_units_and_defaults(name):
+    code, text, _ = mope(name, '--help')
+    assert code == 0 and '--out' in text and 'default: ' in text
+    assert 'default: None' not in text and 'default: False' not in text
+
+
+def test_names_in_help_come_from_the_library():
+    from mope_clip.metrics import HITS, METRICS, SMOOTH
+
+    said = ' '.join(mope('score', '--help')[1].split())
+    assert 'masks' in METRICS and ', '.join(METRICS) in said
+    assert ', '.join((*HITS, *SMOOTH)) in said
+
+
+def test_help_of_a_report_says_its_parameters():
+    code, text, _ = mope('report', '--help')
+    assert code == 0 and '-p NAME VALUE' in text and '--scale' in text and 'default: full' in text
+
+
+@pytest.mark.parametrize(
+    'line, sentence',
+    [
+        ('', 'the following arguments are required: command'),
+        ('compress', "'compress'"),
+        ('recheck', "'recheck'"),
+        ('run 20_finetune -p task', 'expected 2 arguments'),
+        ('report 20_finetune --all', 'argument --all: not allowed with argument name'),
+        ('report', 'one of the arguments name --all is required'),
+        ('prune small', 'one of the arguments --scores --spec is required'),
+        ('score tiny --towers audio', "invalid choice: 'audio'"),
+    ],
+)
+def test_wrong_usage_is_argparses(line, sentence):
+    code, _, err = mope(*line.split())
+    assert code == 2 and err.startswith('usage: mope') and sentence in err
+
+
+def options_of(line):
+    words = line.split()
+    return parser_for(words[0]).parse_args(words)
+
+
+def test_parameters_of_a_report_are_pairs_of_words():
+    options = options_of('report 20_finetune -p task coco -p keep_width 0.5 --scale smoke')
+    assert (options.command, options.name, options.scale) == ('report', '20_finetune', 'smoke')
+    assert options.p == [['task', 'coco'], ['keep_width', '0.5']]
+    assert options_of('run 20_finetune').p == []  # nothing is left of the call before
+
+
+@pytest.mark.parametrize(
+    'line, name',
+    [
+        ('report --scale smoke 20_finetune', '20_finetune'),
+        ('report -p task coco 20_finetune', '20_finetune'),
+        ('report --all', None),
+    ],
+)
+def test_the_name_of_a_report_may_stand_anywhere(line, name):
+    assert options_of(line).name == name
+
+
+def test_options_of_a_plan_are_numbers():
+    options = options_of('prune m --scores s --macs .5 --multiples 1 64 --rank global')
+    assert (options.macs, options.multiples, options.rank) == (0.5, [1, 64], 'global')
+    assert options.keep is None and options.dry_run is False
+
+
+def test_a_model_and_pairs_are_named_alike_by_all_commands():
+    options = options_of('evaluate ViT-B-32 --pretrained openai --images 12')
+    assert (options.model, options.pretrained, options.images) == ('ViT-B-32', 'openai', 12)
+    assert (options.task, options.split) == ('openmoji', 'test')
+
+
+def test_the_batch_of_scoring_is_the_librarys_choice():
+    assert options_of('score tiny').batch is None
+
+
+@pytest.mark.parametrize(
+    'text, value',
+    [
+        ('3', 3),
+        ('0.5', 0.5),
+        ('5e-4', 0.0005),
+        ('true', True),
+        ('[1, 2]', [1, 2]),
+        ('"3"', '3'),
+        ('openmoji', 'openmoji'),
+        ('20_finetune', '20_finetune'),
+        ('../data/coco', '../data/coco'),
+        ('', ''),
+    ],
+)
+def test_a_parameter_is_json_where_it_is_json(text, value):
+    assert value_of(text) == value and type(value_of(text)) is type(value)
+
+
+def test_whole_numbers_and_fractions_keep_their_type():
+    assert type(value_of('3')) is int and type(value_of('3.0')) is float
+
+
+# --- errors
+
+
+def raising(error):
+    def stop(*args, **kwargs):
+        raise error
+
+    return stop
+
+
+@pytest.mark.parametrize(
+    'error',
+    [
+        ValueError('keep is above 1.'),
+        FileNotFoundError('coco is missing.'),
+        ImportError('no resvg_py.'),
+        RuntimeError('no memory.'),
+        FloatingPointError('the loss is NaN.'),
+    ],
+)
+def test_what_a_reader_can_put_right_is_one_sentence(error, monkeypatch):
+    monkeypatch.setattr('mope_clip.report.results.report', raising(error))
+    assert mope('report', '20_finetune') == (1, '', f'mope: {error}\n')
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr('mope_clip.report.results.report', raising(ZeroDivisionError('a mistake')))
+    with pytest.raises(ZeroDivisionError):
+        mope('report', '20_finetune')
+
+
+def test_an_unknown_notebook_is_refused_with_the_list():
+    code, out, err = mope('report', 'no_such_notebook')
+    assert (code, out, err.count('\n')) == (1, '', 1)
+    assert err.startswith("mope: There is no notebook 'no_such_notebook': choose one of ")
+
+
+# --- the pipeline, command by command, on coloured squares
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    "A folder with the tiny model, in which commands run; squares stand for every task"
+
+    def load(task, split, n=None, root=None):
+        return synth_pairs(n, split)
+
+    def stream(task, split, root=None, **order):
+        return synth_pairs(16, split)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('mope_clip.data.load_pairs', load)
+    monkeypatch.setattr('mope_clip.data.stream_pairs', stream)
+    tiny_clip().save(tmp_path / 'tiny')
+    return tmp_path
+
+
+def done(line):
+    "What a command that succeeds prints"
+    code, out, err = mope(*line.split())
+    assert code == 0, err
+    return out
+
+
+def refused(line):
+    "The sentence with which a command is refused"
+    code, _, err = mope(*line.split())
+    assert code == 1 and err.count('\n') == 1, err
+    return err
+
+
+def loaded(place, name):
+    return load_clip(str(place / name), device='cpu')
+
+
+def test_scores_are_a_table_and_what_is_finished_stands_beside_it(place):
+    out = done('score tiny --images 8 --groups 2 --modules head ffn layer --out s.parquet')
+    assert out.endswith('35 modules scored by mope\nscores:  s.parquet\n')
+    table = pd.read_parquet('s.parquet')
+    assert (len(table), table.attrs['mope']['images']) == (5 * (4 + 2 + 1), 8)
+    assert list((place / 's').rglob('*.parquet'))
+
+
+def test_another_metric_takes_the_options_that_it_has(place):
+    done('score tiny --metric magnitude --groups 2 --towers text --out m.parquet')
+    table = pd.read_parquet('m.parquet')
+    assert set(table.tower) == {'text'} and table.attrs['mope']['metric'] == 'magnitude'
+
+
+def test_an_unknown_metric_or_z_is_refused_with_the_list(place):
+    assert 'choose one of mope, ' in refused('score tiny --images 8 --metric hessian')
+    assert 'choose one of mean_recall, ' in refused('score tiny --images 8 --z recall')
+
+
+@pytest.fixture
+def scored(place):
+    done('score tiny --images 8 --groups 2 --out s.parquet')
+    return place
+
+
+def test_a_dry_run_says_the_cost_and_writes_nothing(scored):
+    out = done('prune tiny --scores s.parquet --keep .5 --keep-depth .67 --dry-run --out small')
+    assert 'vision: 2 of 3 layers' in out and out.endswith('nothing was removed\n')
+    assert not (scored / 'small').exists()
+
+
+def test_every_option_reaches_the_planner(scored):
+    done(
+        'prune tiny --scores s.parquet --params 40000 --no-embeddings --rank global --floor 0 '
+        '--multiples 1 8 --out small'
     )
+    small = loaded(scored, 'small')
+    made = small.spec.provenance['plan']
+    assert made == dict(
+        budget=dict(params=40000.0),
+        share=made['share'],
+        keep_depth=1.0,
+        rank='global',
+        floor=0,
+        multiples=[1, 8],
+        embeddings=False,
+    )
+    costs = cost(small)
+    assert costs['vision_params'] + costs['text_params_no_embedding'] <= 40_000
+
+
+@pytest.fixture
+def pruned(scored):
+    done('prune tiny --scores s.parquet --keep .5 --rank global --out small')
+    save_spec(loaded(scored, 'small').spec, scored / 'spec.json')
+    return scored
+
+
+def test_a_specification_makes_the_same_model(pruned):
+    assert 'in all:' in done('prune tiny --spec spec.json --out again')
+    hashes = {weights_hash(loaded(pruned, name)) for name in ('small', 'again')}
+    assert len(hashes) == 1
+
+
+def test_scores_of_another_model_are_noted(pruned, monkeypatch):
+    other = tiny_clip(seed=1)
+    other.save(pruned / 'other')
+    out = done('prune other --scores s.parquet --keep .5 --dry-run')
+    assert 'these scores are of a model with other weights' in out
+
+
+@pytest.mark.parametrize(
+    'line, sentence',
+    [
+        ('prune tiny --scores none.parquet --keep .5', 'make it with `mope score`'),
+        (
+            'prune tiny --spec spec.json --keep-depth .5 --rank global',
+            'leave out --keep-depth, --rank',
+        ),
+        ('prune tiny --spec spec.json --multiples 1 8', 'leave out --multiples'),
+        ('prune tiny --spec spec.json --no-embeddings', 'leave out --no-embeddings'),
+        ('prune tiny --spec spec.json --out tiny', 'is the model itself'),
+        ('prune local-dir:tiny --spec spec.json --out tiny', 'is the model itself'),
+        ('prune tiny --pretrained other.pt --spec spec.json', 'has weights of its own'),
+        ('distill small --teacher tiny --out small', '--out is the model itself'),
+        ('distill small --teacher tiny --out tiny', '--out is the teacher itself'),
+        (
+            'distill small --teacher tiny --teacher-pretrained laion2b',
+            '--teacher-pretrained laion2b would not be read',
+        ),
+        ('evaluate small --no-retrieval --latency 1 0', 'from 1 on, and not 0'),
+        ('export small --format onnx --out small', 'is the model itself'),
+        ('export small --format hf', 'pad=True'),
+        ('export small --format onnx --pad', 'ONNX has room'),
+        ('export small --format hf --opset 23', '--opset is for ONNX'),
+        ('export small --format onnx --opset 9', 'the exporter writes 18 to 24'),
+    ],
+)
+def test_what_would_go_wrong_is_refused_before_the_work(line, sentence, pruned):
+    assert sentence in refused(line)
+
+
+def test_a_table_that_is_none_is_refused(place):
+    pd.DataFrame(dict(tower=['vision'])).to_parquet('odd.parquet')
+    assert 'is no table of scores, it lacks index' in refused('prune tiny --scores odd.parquet')
+
+
+DISTILL = 'distill small --teacher tiny --pairs-seen 16 --batch 8 --seed 3 --out'
+
+
+def test_recovery_goes_on_from_where_it_was_stopped(pruned):
+    out = done(f'{DISTILL} student')
+    student, small = loaded(pruned, 'student'), loaded(pruned, 'small')
+    assert student.spec == small.spec and weights_hash(student) != weights_hash(small)
+    assert '16 of 16 pairs' in out
+    assert 'resumed at step 2 of 2' in done(f'{DISTILL} student')
+
+
+def test_of_several_processes_the_first_writes_the_model(pruned, monkeypatch):
+    second = World(rank=1, size=2)
+    monkeypatch.setattr('mope_clip.data.parallel.processes', lambda device: second)
+    done(f'{DISTILL} other')
+    assert not (pruned / 'other').exists()
+
+
+def test_numbers_are_for_the_eye_and_for_a_program(pruned):
+    out = done('evaluate small --images 8 --latency 1 --out numbers.json')
+    numbers, small = json.loads((pruned / 'numbers.json').read_text()), loaded(pruned, 'small')
+    recall = 'retrieval openmoji test'
+    assert list(numbers) == ['model', 'weights', recall, 'cost', 'latency, batch 1']
+    assert numbers['cost'] == cost(small) and numbers['weights'] == weights_hash(small)
+    assert numbers[recall] == retrieval(small, synth_pairs(8, 'test'))
+    assert 'mean_recall' in out
+
+
+def test_recall_may_be_left_out(place):
+    assert 'retrieval' not in done('evaluate tiny --no-retrieval')
+
+
+def test_a_plain_folder_is_written_with_padding(pruned):
+    assert done('export small --format open_clip --pad --out plain') == 'open_clip:   plain\n'
+    assert (pruned / 'plain' / 'open_clip_config.json').is_file()
+
+
+# --- notebooks
+
+
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    "A stand-in for running a notebook, and what it was asked for"
+    asked = []
+
+    def stand_in(name, out, parameters, stdout):
+        asked.append((name, out, parameters))
+        print('recall 61.5\nmodel: here', file=stdout)
+        return out
+
+    monkeypatch.setattr('mope_clip.report.results.run_notebook', stand_in)
+    return asked
+
+
+def test_a_run_says_its_place_first_and_its_headline_last(asked, tmp_path, monkeypatch):
+    monkeypatch.setattr('mope_clip.report.results.scale_parameters', lambda name, scale: {})
+    monkeypatch.setattr('mope_clip.report.results.repo_root', lambda: tmp_path)
+    lines = done('run 20_finetune -p task coco').splitlines()
+    place = tmp_path / 'runs' / '20_finetune-coco' / '20_finetune.ipynb'
+    assert lines[0] == f'Running 20_finetune; the executed notebook will be {place}'
+    assert lines[1:] == ['recall 61.5', 'model: here', f'report:  {place}']
+    done('run 20_finetune')
+    assert asked[-1][1] == tmp_path / 'runs' / '20_finetune-openmoji' / '20_finetune.ipynb'
+    done(f'run 20_finetune -p out_dir {tmp_path}/mine')
+    assert asked[-1][1] == tmp_path / 'mine' / '20_finetune.ipynb'
+
+
+def test_a_scale_is_a_section_of_the_notebooks_yaml(asked, tmp_path):
+    line = f'run 20_finetune -p out_dir {tmp_path}/mine -p batch 32'
+    assert 'recall 61.5' in done(line) and asked[-1][2]['batch'] == 32
+    done(f'{line} --scale coco')  # and what is given beside it
+    assert [asked[-1][2][name] for name in ('task', 'lr', 'batch')] == ['coco', 2e-5, 32]
+    assert "has no scale 'huge'" in refused(f'{line} --scale huge')
+
+
+@pytest.fixture
+def called(monkeypatch):
+    "Functions that write reports and pages, replaced by notes of how they were called"
+    called = []
+
+    def note(place, name, value='the/path'):
+        def call(*args, **options):
+            called.append((name, *args, *options.items()))
+            return value
+
+        monkeypatch.setattr(f'mope_clip.report.{place}.{name}', call)
+
+    for name in ('report', 'write_index', 'write_readme', 'keep_outputs'):
+        note('results', name)
+    note('page', 'write_page')
+    note('page', 'report_all', {})
+    return called
+
+
+def test_a_report_at_full_size_is_written_with_the_page(called):
+    assert done('report 20_finetune -p keep_width 0.25') == 'the/path\n'
+    assert called == [('report', '20_finetune', 'full', ('keep_width', 0.25)), ('write_page',)]
+
+
+def test_a_smaller_report_leaves_the_page(called):
+    done('report 20_finetune --scale smoke')
+    assert called == [('report', '20_finetune', 'smoke')]
+
+
+def test_all_reports_end_in_the_page(called):
+    assert done('report --all').rstrip().endswith('index.html') and called == [('report_all',)]
+
+
+@pytest.mark.parametrize('odd', ['--scale smoke', '-p task coco'])
+def test_all_reports_are_made_by_their_defaults(odd, called):
+    assert 'leave out --scale and -p' in refused(f'report --all {odd}')
+
+
+def test_reports_that_failed_are_named_at_the_end(called, monkeypatch):
+    failed = {'40': 'no data', '41': 'no model'}
+    monkeypatch.setattr('mope_clip.report.page.report_all', lambda: failed)
+    said = refused('report --all')
+    assert '2 failed: 40 (no data); 41 (no model). The same command' in said
+
+
+@pytest.mark.parametrize(
+    'line, calls',
+    [
+        ('index', [('write_index',), ('write_page',)]),
+        ('readme', [('write_readme', False)]),
+        ('readme --check', [('write_readme', True)]),
+        ('lessons 01n_pairs', [('keep_outputs', '01n_pairs')]),
+    ],
+)
+def test_what_is_generated_is_written_by_the_library(line, calls, called):
+    assert done(line) == 'the/path\n' * len(calls) and called == calls
+
+
+# --- as a process
 
 
 def test_bad_parameter_is_refused_before_a_kernel_starts(tmp_path):
-    r = mope('run', '20_finetune', '-p', 'keep_widht', '0.5', '-p', 'out_dir', tmp_path / 'run')
-    assert (
-        r.returncode == 1
-        and "did you mean 'keep_width'" in r.stderr
-        and 'Traceback' not in r.stderr
-    )
-    assert not (tmp_path / 'run').exists()
+    r = process('run', '20_finetune', '-p', 'keep_widht', '0.5', '-p', 'out_dir', tmp_path / 'run')
+    assert r.returncode == 1 and "did you mean 'keep_width'" in r.stderr
+    assert 'Traceback' not in r.stderr and not (tmp_path / 'run').exists()
 
 
 def test_error_inside_a_notebook_is_one_sentence(tmp_path):
-    r = mope('run', '20_finetune', '-p', 'keep_depth', '0', '-p', 'out_dir', tmp_path / 'run')
-    assert (
-        r.returncode == 1
-        and 'above 0 and at most 1, not 0' in r.stderr
-        and 'Traceback' not in r.stderr
-    )
+    r = process('run', '20_finetune', '-p', 'keep_depth', '0', '-p', 'out_dir', tmp_path / 'run')
+    assert r.returncode == 1 and 'above 0 and at most 1, not 0' in r.stderr
+    assert 'Traceback' not in r.stderr
 
 
 def test_generated_files_are_checked():
-    assert mope('readme', '--check').returncode == 0
+    assert process('readme', '--check').returncode == 0
 
 
 def test_the_pipeline_from_end_to_end(tmp_path):
     "Each command writes what the next one reads; what is finished is not done again"
-    import pandas as pd
-
-    from mope_clip.clip import load_clip, tiny_clip
-    from mope_clip.evaluate import cost
-
     tiny_clip().save(tmp_path / 'tiny')
-    few = '--images', 12
 
-    def do(*args):
-        r = mope(*args, cwd=tmp_path)
+    def do(line):
+        r = process(*line.split(), cwd=tmp_path)
         assert r.returncode == 0, r.stderr[-2000:]
         return r.stdout
 
-    said = do('score', 'tiny', *few, '--groups', 4, '--out', 'scores.parquet')
-    assert '45 modules scored by mope' in said
+    score = 'score tiny --images 12 --groups 4 --out scores.parquet'
+    assert '45 modules scored by mope' in do(score)
     table = pd.read_parquet(tmp_path / 'scores.parquet')
-    assert (
-        len(table) == 5 * (4 + 4 + 1)
-        and table.attrs['mope']['split'] == 'validation'
-        and table.attrs['mope']['images'] == 12
-    )
-    before = {f: f.stat().st_mtime_ns for f in (tmp_path / 'scores').rglob('*.parquet')}
-    do('score', 'tiny', *few, '--groups', 4, '--out', 'scores.parquet')  # taken from the store
-    assert before and before == {
-        f: f.stat().st_mtime_ns for f in (tmp_path / 'scores').rglob('*.parquet')
-    }
-    dry = do(
-        'prune',
-        'tiny',
-        '--scores',
-        'scores.parquet',
-        '--macs',
-        0.5,
-        '--rank',
-        'global',
-        '--dry-run',
-    )
+    assert len(table) == 5 * (4 + 4 + 1)
+    assert (table.attrs['mope']['split'], table.attrs['mope']['images']) == ('validation', 12)
+    kept = sorted((tmp_path / 'scores').rglob('*.parquet'))
+    before = [path.stat().st_mtime_ns for path in kept]
+    do(score)  # taken from the store
+    assert before and before == [path.stat().st_mtime_ns for path in kept]
+    prune = 'prune tiny --scores scores.parquet --macs 0.5 --rank global'
+    dry = do(f'{prune} --dry-run')
     assert 'nothing was removed' in dry and not (tmp_path / 'pruned').exists()
-    wet = do(
-        'prune',
-        'tiny',
-        '--scores',
-        'scores.parquet',
-        '--macs',
-        0.5,
-        '--rank',
-        'global',
-        '--out',
-        'small',
-    )
-    assert dry.splitlines()[:3] == wet.splitlines()[:3]
-    dense, small = load_clip(str(tmp_path / 'tiny')), load_clip(str(tmp_path / 'small'))
-    assert cost(small)['macs'] <= 0.5 * cost(dense)['macs'] + cost(dense)['macs'] * 0.001
-    do(
-        'distill',
-        'small',
-        '--teacher',
-        'tiny',
-        '--pairs-seen',
-        32,
-        '--batch',
-        16,
-        '--out',
-        'student',
-    )
-    assert 'resumed at step 2 of 2' in do(
-        'distill',
-        'small',
-        '--teacher',
-        'tiny',
-        '--pairs-seen',
-        32,
-        '--batch',
-        16,
-        '--out',
-        'student',
-    )
-    said = do('evaluate', 'student', *few, '--suites', 'colour', '--out', 'numbers.json')
+    assert dry.splitlines()[:3] == do(f'{prune} --out small').splitlines()[:3]
+    dense, small = (cost(load_clip(str(tmp_path / name))) for name in ('tiny', 'small'))
+    assert small['macs'] <= 0.5 * dense['macs'] + dense['macs'] * 0.001
+    distill = 'distill small --teacher tiny --pairs-seen 32 --batch 16 --out student'
+    do(distill)
+    assert 'resumed at step 2 of 2' in do(distill)
+    said = do('evaluate student --images 12 --suites colour --out numbers.json')
     numbers = json.loads((tmp_path / 'numbers.json').read_text())
-    assert (
-        'mean_recall' in said
-        and numbers['cost']['macs'] == cost(small)['macs']
-        and 'top1' in numbers['zero-shot colour test']
-    )
-    assert 'by hand' not in said
-    do('export', 'student', '--format', 'open_clip', '--pad', '--out', 'plain')
+    assert 'mean_recall' in said and 'by hand' not in said
+    assert numbers['cost']['macs'] == small['macs']
+    assert 'top1' in numbers['zero-shot colour test']
+    do('export student --format open_clip --pad --out plain')
     assert (tmp_path / 'plain' / 'open_clip_config.json').is_file()
 
 
 @pytest.mark.parametrize(
-    'args, sentence',
+    'line, sentence',
     [
-        (('score', 'no/such'), 'There is no folder no/such'),
-        (
-            ('prune', 'tiny', '--scores', 'none.parquet', '--keep', '.5'),
-            'There is no table none.parquet',
-        ),
-        (('prune', 'tiny', '--spec', 'none.json'), 'There is no file none.json'),
-        (('evaluate', 'tiny', '--task', 'flicker'), "Unknown task 'flicker'"),
-        (('export', 'tiny', '--format', 'onnx', '--pad'), '--pad is for open_clip and hf'),
+        ('score no/such', 'There is no folder no/such'),
+        ('prune tiny --scores none.parquet --keep .5', 'There is no table none.parquet'),
+        ('prune tiny --spec none.json', 'There is no file none.json'),
+        ('evaluate tiny --task flicker', "Unknown task 'flicker'"),
+        ('export tiny --format onnx --pad', '--pad is for open_clip and hf'),
     ],
 )
-def test_bad_arguments_are_one_sentence(args, sentence, tmp_path):
-    from mope_clip.clip import tiny_clip
-
-    if args[1] == 'tiny':
+def test_bad_arguments_are_one_sentence(line, sentence, tmp_path):
+    if ' tiny' in line:
         tiny_clip().save(tmp_path / 'tiny')
-    r = mope(*args, cwd=tmp_path)
+    r = process(*line.split(), cwd=tmp_path)
     assert r.returncode == 1 and sentence in r.stderr and r.stderr.count('\n') == 1, r.stderr

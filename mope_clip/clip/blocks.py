@@ -93,7 +93,7 @@ def take(
     # shape[0], since len() would fix the batch of an exported graph
     return x[torch.arange(x.shape[0], device=x.device), pick][:, None]
 
-# %% ../../nbs/02b_blocks.ipynb #2a057f5d
+# %% ../../nbs/02b_blocks.ipynb #2f3e4d74
 class Block(nn.Module):
     "A residual block of heads and neurons, as the rest of the library sees it"
 
@@ -138,7 +138,7 @@ class Block(nn.Module):
 
     def gains(self) -> dict:
         """{'head': what the projected heads are multiplied with on their way into the stream, (d,)
-        or None, 'ffn': the same of the neurons}; `ValueError` by name where a norm stands between"""
+        or None, 'ffn': the same of the neurons}; `ValueError` by name where a norm is between"""
         raise NotImplementedError
 
     def check_width(self, heads: int, neurons: int):
@@ -202,13 +202,29 @@ class Block(nn.Module):
         kept += [(part, neurons) for part in self.neuron_weights()]
         return cut(self, kept)
 
-# %% ../../nbs/02b_blocks.ipynb #a7fdbf5c
+    @torch.no_grad()
+    def fill_from(self, narrow: 'Block'):
+        "Take over the units of a narrower block, in place, and leave zeros where it has none"
+        mine = [*self.head_weights(), *self.neuron_weights()]
+        theirs = [*narrow.head_weights(), *narrow.neuron_weights()]
+        for part, few in zip(mine, theirs, strict=True):
+            part.parameter.zero_()
+            places = part.lines(range(few.units))
+            part.parameter.index_copy_(part.axis, places, few.parameter.to(part.parameter))
+
+    def as_operator(self) -> 'Block':
+        "Itself, its attention turned in place into one operator of ONNX where that is the same"
+        return self
+
+# %% ../../nbs/02b_blocks.ipynb #d5f436f6
 class Tower(nn.Module):
     "One tower of a model as embed -> blocks -> pool, sharing its parameters"
 
     name: str  # 'vision' or 'text'
     width: int  # of the residual stream
     tokens: int  # of an image, or of a caption of full length
+    image_size: tuple  # of the vision tower: height and width in pixels
+    trims = False  # whether captions may be cut behind the token that is pooled
     pooler = None  # a `Block` that pools by attention, scored and pruned like the others
 
     @property
@@ -231,7 +247,7 @@ class Tower(nn.Module):
         raise NotImplementedError
 
     def pooled(self, x: torch.Tensor, ids: torch.Tensor = None) -> torch.Tensor:
-        "What the projection reads (b, d), of the last output (b, n, d), or (b, 1, d) of the pooled token"
+        "What the projection reads (b, d), of the last output (b, n, d), or (b, 1, d) of one token"
         raise NotImplementedError
 
     def pool(self, x: torch.Tensor, ids: torch.Tensor = None) -> torch.Tensor:
@@ -264,6 +280,10 @@ class Tower(nn.Module):
     def signature(self) -> list:
         "What decides the tower's function beside its weights and shapes: pooling, masks"
         raise NotImplementedError
+
+    def for_tracing(self) -> 'Tower':
+        "Itself, made ready in place to become a graph; of a model that is given away"
+        return self
 
     def head_macs(self) -> int:
         "Multiply-accumulates of the projection into the shared space"

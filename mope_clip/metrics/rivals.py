@@ -92,7 +92,7 @@ def taylor(
     pairs,  # image-text pairs of a split that is not reported on
     towers: tuple = TOWERS,
     groups: int = 8,  # FFN groups a layer
-    batch: int = 64,  # pairs that the contrastive loss compares at a time
+    batch: int | None = None,  # pairs that the contrastive loss compares at a time; None: 64
     allow_test: bool = False,
 ) -> pd.DataFrame:  # score: |weight x gradient|, in units of the contrastive loss (nats)
     """First-order Taylor scores of heads and neurons, in DynaBERT's form; a layer is the sum of its
@@ -182,7 +182,7 @@ def activation(
     pairs,  # image-text pairs of a split that is not reported on
     towers: tuple = TOWERS,
     groups: int = 8,  # FFN groups a layer
-    batch: int = 64,  # a text batch is cut to its longest caption, and its padding counts as tokens
+    batch: int | None = None,  # items at a time, whose padding counts as tokens; None: 64
     allow_test: bool = False,
 ) -> pd.DataFrame:  # score: in units of the activations
     """Root mean square of activations times the norm of the output weights; for layers one minus
