@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/08_cli.ipynb #e3be5dfb
+# %% ../nbs/08_cli.ipynb #079e685a
 import argparse
 import json
 import sys
@@ -25,17 +25,16 @@ from .metrics.table import MODULES
 from .pruners import export_onnx, plan, say_cost
 from .pruners.export import to_hf, to_open_clip
 from .pruners.plan import BUDGETS
-from .report.page import report_all, waiting, write_page
-from mope_clip.report.results import (
+from .report.readme import write_readme
+from mope_clip.report.runner import (
     keep_outputs,
-    recheck,
-    repo_root,
     report,
+    report_all,
     run_notebook,
     scale_parameters,
-    write_index,
-    write_readme,
 )
+from .report.site import write_index, write_page
+from .report.templates import repo_root
 
 # %% ../nbs/08_cli.ipynb #b8461eaa
 def _command(sub, name: str, do, text: str, model: str = 'the model') -> argparse.ArgumentParser:
@@ -468,7 +467,7 @@ def _export(a) -> str:
         dict(open_clip=to_open_clip, hf=to_hf)[a.format](clip, a.out, pad=a.pad)
     return f'{a.format}:   {a.out}'
 
-# %% ../nbs/08_cli.ipynb #4a2f67b0
+# %% ../nbs/08_cli.ipynb #5e3e0180
 def _value(text: str):
     "A parameter as JSON where it is JSON, else as it stands"
     try:
@@ -526,11 +525,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar='NAME',
         help='notebooks without their ending, e.g. 03_metrics (default: all of the library)',
     )
-    s = sub.add_parser(
-        'recheck',
-        help="show that stale reports still say what the code finds: equal at smoke size by the code of their run and by today's",
-    )
-    s.add_argument('names', nargs='*', metavar='NAME', help='reports (default: all that are stale)')
     s = sub.add_parser('readme', help='write README.md from nbs/index.ipynb')
     s.add_argument(
         '--check',
@@ -577,18 +571,7 @@ def _report(a) -> str:
         )
     return str(repo_root() / 'reports' / 'index.html')
 
-# %% ../nbs/08_cli.ipynb #2f1d44c4
-def _recheck(names: list) -> str:
-    "Reports rechecked one by one; what does not pass is said, and stops no other"
-    for name in names or list(waiting()):
-        try:
-            print(f'{name}: rechecked, {recheck(name)}', flush=True)
-        except (ValueError, RuntimeError) as e:
-            print(f'{name}: {e}', flush=True)
-    write_index()
-    return str(write_page())
-
-
+# %% ../nbs/08_cli.ipynb #e90a3bc9
 def main(
     argv: list = None,  # None: of the process
 ) -> int:  # exit code
@@ -604,8 +587,6 @@ def main(
         elif a.command == 'lessons':
             for name in a.names or sorted(p.stem for p in (repo_root() / 'nbs').glob('0*.ipynb')):
                 print(keep_outputs(name), flush=True)
-        elif a.command == 'recheck':
-            print(_recheck(a.names))
         elif a.command == 'readme':
             print(write_readme(a.check))
         else:

@@ -1,4 +1,4 @@
-"Shared by the tests: the repository's root, one way to run a command, and a grid of small architectures."
+"Shared by the tests: the root, one way to run a command, a grid of models, a toy repository."
 
 import copy
 import os
@@ -73,3 +73,13 @@ def model_of(name):
                 p.add_(0.1 * torch.randn_like(p))  # so that biases, norms and scales matter
     clip.model.double()
     return clip
+
+
+@pytest.fixture
+def toy_repo(tmp_path, monkeypatch):
+    "An empty repository in a temporary folder, which the library takes for its own"
+    monkeypatch.setenv('MOPE_CLIP_DATA', str(tmp_path / 'data'))
+    for folder in ('data', 'nbs', 'reports'):
+        (tmp_path / folder).mkdir()
+    (tmp_path / 'settings.ini').write_text('[DEFAULT]\n', encoding='utf-8')
+    return tmp_path

@@ -50,8 +50,8 @@ def test_notebook_is_clean(path):
 
 
 def test_readme_and_report_index_are_generated():
-    from mope_clip.report.page import write_page
-    from mope_clip.report.results import write_index, write_readme
+    from mope_clip.report import write_index, write_page
+    from mope_clip.report.readme import write_readme
 
     write_readme(check=True)
     write_index(check=True)
@@ -60,9 +60,9 @@ def test_readme_and_report_index_are_generated():
 
 def test_conda_environment_has_the_same_pins():
     pins = [
-        l
-        for l in (ROOT / 'constraints.txt').read_text().splitlines()
-        if l and not l.startswith('#')
+        line
+        for line in (ROOT / 'constraints.txt').read_text().splitlines()
+        if line and not line.startswith('#')
     ]
     import yaml
 
