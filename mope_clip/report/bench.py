@@ -7,7 +7,7 @@ __all__ = ['RANKS', 'Z_NAMES', 'BLOCK', 'CORPORA', 'SIZES', 'ALWAYS_IN_LAYER', '
            'unseen_scenes', 'Kept', 'Material', 'Interval', 'as_seeds', 'interval', 'Size', 'tower_params', 'Method',
            'from_scratch', 'say_nothing', 'Scoring', 'Made', 'Recovering', 'clip_of', 'Measuring', 'Road', 'Bench']
 
-# %% ../../nbs/07g_bench.ipynb #37c4cb83
+# %% ../../nbs/07g_bench.ipynb #68990c9f
 import hashlib
 import json
 import math
@@ -29,19 +29,17 @@ from ..data.files import write_atomic
 from ..data.scenes import TASKS
 from ..data.streams import InTurn
 from ..distill import distill, embedded_teacher, learned_masks, teacher_for, train
-from ..evaluate import cost, encode_captions, encode_images
-from ..evaluate.measure import owners
-from ..metrics import METRICS, score_by
-from ..metrics.mope import SMOOTH, ZS, Scored, contributions
+from ..evaluate import cost, encode_captions, encode_images, owners
+from ..metrics import HITS, METRICS, SMOOTH, ScoringTask, contributions, score_by
 from ..pruners import plan, plan_depth, plan_width
 from .code import Recorder, changed, library_now, recorder_on
 from .parameters import check_choice, writable
 from .provenance import fingerprint
 from .templates import repo_root
 
-# %% ../../nbs/07g_bench.ipynb #dcb8b143
+# %% ../../nbs/07g_bench.ipynb #8d5eb5ff
 RANKS = 'layer', 'global'  # who competes: in a layer, or across layers
-Z_NAMES = (*ZS, *SMOOTH)  # what MoPE can measure on pairs
+Z_NAMES = (*HITS, *SMOOTH)  # what MoPE can measure on pairs
 
 
 @dataclass(frozen=True)
@@ -380,7 +378,7 @@ class Recovering(Scoring):
         history = json.loads(place.with_suffix('.json').read_text(encoding='utf-8'))
         return Made(load_clip(str(place), device=str(self.teacher.device)), history)
 
-# %% ../../nbs/07g_bench.ipynb #e0498faf
+# %% ../../nbs/07g_bench.ipynb #101d707f
 def clip_of(model: Clip | Made) -> Clip:
     return model.clip if isinstance(model, Made) else model
 
@@ -401,11 +399,11 @@ class Measuring(Recovering):
 
         def make(work):
             if name in suites():
-                return dict(top1=Scored(clip, data, 'zero_shot').base.numpy())
+                return dict(top1=ScoringTask(clip, data, 'zero_shot').base.numpy())
             captions = list(data['captions'])
             images, texts = encode_images(clip, data['image']), encode_captions(clip, captions)
             owner = owners(captions)
-            return {z: contributions(z, images, texts, owner).numpy() for z in ZS}
+            return {z: contributions(z, images, texts, owner).numpy() for z in HITS}
 
         def save(found, place):
             write_atomic(place.with_suffix('.npz'), lambda f: np.savez(f, **found))

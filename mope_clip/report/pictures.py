@@ -7,7 +7,7 @@ __all__ = ['MARKS', 'CAPTION_KINDS', 'mask_for', 'attention_weights', 'through',
            'show_map', 'words', 'Found', 'drawn_means', 'over_images', 'scene_facts', 'without_head', 'Asked',
            'plot_found']
 
-# %% ../../nbs/07i_pictures.ipynb #c10cef85
+# %% ../../nbs/07i_pictures.ipynb #874dd24a
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,8 +18,7 @@ from ..clip import Clip, PruneSpec, prune, whole_spec
 from ..clip.blocks import Tower
 from ..data.artwork import facts_of
 from ..data.scenes import TASKS
-from ..evaluate import encode_captions, encode_images
-from ..evaluate.measure import owners, ranks
+from ..evaluate import encode_captions, encode_images, owners, ranks
 from .bench import Interval
 from .figures import beside, plain_picture, theme
 from .provenance import credit

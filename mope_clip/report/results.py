@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECALLS', 'VERDICTS', 'recall_rows', 'plain', 'Results', 'read_results', 'headline']
 
-# %% ../../nbs/07e_results.ipynb #6676da92
+# %% ../../nbs/07e_results.ipynb #bd690783
 import json
 import time
 from dataclasses import dataclass, field
@@ -15,14 +15,13 @@ import pandas as pd
 
 from ..clip import Clip
 from ..data.files import write_atomic
-from ..evaluate import cost, encode_captions, encode_images
-from ..evaluate.measure import owners, ranks, recalls
-from ..metrics.mope import ZS, contributions
+from ..evaluate import cost, encode_captions, encode_images, owners, ranks, recalls
+from ..metrics import HITS, contributions
 from .provenance import origin, provenance
 from .templates import Rule
 
-# %% ../../nbs/07e_results.ipynb #cbc369af
-RECALLS = [*list(ZS)[1:], 'mean_recall']  # six recalls and their mean, as tables show them
+# %% ../../nbs/07e_results.ipynb #a4fdbfb7
+RECALLS = [*list(HITS)[1:], 'mean_recall']  # six recalls and their mean, as tables show them
 
 
 def recall_rows(

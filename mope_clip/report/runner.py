@@ -243,7 +243,7 @@ def report_all() -> dict[str, str]:  # name -> why it failed
             print(f'  failed: {failed[name]}', flush=True)
     return failed
 
-# %% ../../nbs/07n_runner.ipynb #fff20bb3
+# %% ../../nbs/07n_runner.ipynb #7dd2f547
 def small_picture(
     png: str,  # in Base64
 ) -> str:  # in Base64
@@ -281,7 +281,7 @@ def execute(path: Path):  # a notebook of nbformat
 
 
 def keep_outputs(
-    name: str,  # of a library notebook, e.g. '04c_mope'
+    name: str,  # of a library notebook, e.g. '04e_mope'
 ) -> Path:
     "Run a library notebook and keep what its cells show; no progress bars, no warnings"
     import nbformat
