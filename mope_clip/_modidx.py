@@ -996,7 +996,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'mope_clip/report/pictures.py'),
                                            'mope_clip.report.pictures.drawn_means': ( 'pictures.html#drawn_means',
                                                                                       'mope_clip/report/pictures.py'),
-                                           'mope_clip.report.pictures.mask_for': ('pictures.html#mask_for', 'mope_clip/report/pictures.py'),
                                            'mope_clip.report.pictures.over_images': ( 'pictures.html#over_images',
                                                                                       'mope_clip/report/pictures.py'),
                                            'mope_clip.report.pictures.patch_map': ( 'pictures.html#patch_map',

@@ -105,12 +105,12 @@ def test_what_other_code_made_is_made_anew(tiny, tmp_path):
     b.scores(tiny, 'random', seed=1)
     (record,) = (tmp_path / 'scores').glob('*.code.json')
     functions = json.loads(record.read_text())
-    assert 'mope_clip.metrics.mope.score_by' in functions
+    assert 'mope_clip.metrics.table.score_by' in functions
     (table,) = (tmp_path / 'scores').glob('*.parquet')
     made = table.stat().st_mtime_ns
     b.scores(tiny, 'random', seed=1)
     assert table.stat().st_mtime_ns == made
-    record.write_text(json.dumps({**functions, 'mope_clip.metrics.mope.score_by': 'other'}))
+    record.write_text(json.dumps({**functions, 'mope_clip.metrics.table.score_by': 'other'}))
     b.scores(tiny, 'random', seed=1)
     assert table.stat().st_mtime_ns > made and json.loads(record.read_text()) == functions
 
@@ -216,11 +216,11 @@ def test_the_pretraining_stage_recovers_once(tiny, folder):
 def test_contributions_are_what_recall_and_accuracy_are_means_of(tiny, bench, half):
     from mope_clip.data import suites
     from mope_clip.evaluate import retrieval, zero_shot
-    from mope_clip.metrics.mope import ZS
+    from mope_clip.metrics import HITS
 
     small = bench.recover(half, 8, seed=1)
     found = bench.contributions(small)
-    assert set(found) == set(ZS) and {len(v) for v in found.values()} == {8}
+    assert set(found) == set(HITS) and {len(v) for v in found.values()} == {8}
     recall = retrieval(small.clip, bench.tested('openmoji'))['mean_recall']
     assert found['mean_recall'].mean() == pytest.approx(recall, abs=1e-4)
     suite = next(iter(suites()))
@@ -230,16 +230,16 @@ def test_contributions_are_what_recall_and_accuracy_are_means_of(tiny, bench, ha
 
 def test_rows_say_what_was_measured_and_what_it_cost(bench):
     from mope_clip.evaluate import retrieval
-    from mope_clip.metrics.mope import ZS
+    from mope_clip.metrics import HITS
 
     deep = bench.compress('mope', 'half width, 3/4 depth')
     rows = bench.rows(deep, 'mope', 'half width, 3/4 depth')
-    measured = {r['metric']: r['value'] for r in rows if r['metric'] in ZS}
+    measured = {r['metric']: r['value'] for r in rows if r['metric'] in HITS}
     recall = retrieval(deep.clip, bench.tested())['mean_recall']
     assert measured['mean_recall'] == pytest.approx(recall, abs=1e-4)
-    costs = {r['metric'] for r in rows} - set(ZS)
+    costs = {r['metric'] for r in rows} - set(HITS)
     assert costs == {'macs', 'tower_params', *deep.spent}
-    assert {r['split'] for r in rows if r['metric'] in ZS} == {'test'}
+    assert {r['split'] for r in rows if r['metric'] in HITS} == {'test'}
 
 
 def test_an_interval_is_paired_over_images_and_seeds():

@@ -158,16 +158,16 @@ def test_attention_weights_are_those_of_the_model(slim, inputs, tower):
 
     net = slim.tower(tower)
     (x, mask), block = net.embed(inputs[tower]), net.blocks[0]
-    weights, (_, _, values) = attention_weights(block, x, mask), block.attn.qkv(block.ln_1(x))
+    weights, (_, _, values) = attention_weights(block, x, mask), block.qkv(x)
     close(weights.sum(-1), torch.ones(weights.shape[:3]))
     heads = (weights @ values).transpose(1, 2).flatten(2)
-    close(heads, block.attn.heads_out(block.ln_1(x), mask), 1e-5)
+    close(heads, block.attend(x, mask), 1e-5)
     pick = net.picked(x, inputs[tower])
     of_picked = attention_weights(block, x, mask, pick)[:, :, 0]
     close(of_picked, weights[torch.arange(len(x)), :, pick])
     if tower == 'text':
         assert weights.triu(1).abs().max() == 0, 'no word attends to a later one'
-        repeated = mask.expand(len(x) * block.attn.num_heads, *mask.shape)
+        repeated = mask.expand(len(x) * block.heads, *mask.shape)
         close(attention_weights(block, x, repeated, pick)[:, :, 0], of_picked)
 
 

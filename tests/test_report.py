@@ -364,7 +364,7 @@ def test_a_report_that_is_finished_says_what_was_executed(framed, monkeypatch, t
     report.finish(model=report.out / 'model')
     saved = json.loads((report.out / 'results.json').read_text())
     functions = saved['provenance']['functions']
-    assert 'mope_clip.evaluate.measure.ranks' in functions and all(functions.values())
+    assert 'mope_clip.evaluate.recall.ranks' in functions and all(functions.values())
     assert not any('.report.code.' in f or '.report.frame.' in f for f in functions)
     assert saved['provenance']['seeds'] == [7] and state_of(saved) == 'fresh'
     assert set(saved['provenance']['data']) == {'test'}
@@ -381,7 +381,7 @@ def test_what_an_earlier_attempt_executed_stays_in_the_record(framed, monkeypatc
     first.add(tiny, synth_pairs(4), 'mope', 'teacher')  # and then it is cut off
     first.recorder.stop()
     again = framed()
-    assert 'mope_clip.evaluate.measure.ranks' in again.recorder.functions()
+    assert 'mope_clip.evaluate.recall.ranks' in again.recorder.functions()
     again.recorder.stop()
     record = json.loads((first.out / RECORD).read_text())
     (first.out / RECORD).write_text(json.dumps({**record, 'mope_clip.data.files.digest': 'old'}))
