@@ -22,7 +22,8 @@ def folder(tmp_path_factory):
 
 
 def bench_of(tiny, folder, **changes):
-    from mope_clip.report.bench import Bench, Comparison, say_nothing
+    from mope_clip.report.bench import Bench, say_nothing
+    from mope_clip.report.comparison import Comparison
 
     return Bench(Comparison(**{**FEW, **changes}), tiny, folder, say_nothing)
 
@@ -52,7 +53,7 @@ def test_validation_pairs_come_in_two_halves(bench):
 
 
 def test_a_second_recovery_begins_behind_the_scenes_of_the_first(bench):
-    from mope_clip.report.bench import unseen_scenes
+    from mope_clip.report.comparison import unseen_scenes
 
     assert [next(iter(bench.train_pairs(seen)))['image_id'] for seen in (0, 501)] == [
         'openmoji/train/0',
@@ -66,7 +67,7 @@ def test_a_second_recovery_begins_behind_the_scenes_of_the_first(bench):
 def test_each_corpus_of_the_pretraining_stage_begins_behind_its_share():
     import math
 
-    from mope_clip.report.bench import CORPORA, unseen_scenes
+    from mope_clip.report.comparison import CORPORA, unseen_scenes
 
     for seen in (0, 1, 1500, 1501, 10240, 20480):
         share = math.ceil(seen / len(CORPORA))
@@ -243,7 +244,7 @@ def test_rows_say_what_was_measured_and_what_it_cost(bench):
 
 
 def test_an_interval_is_paired_over_images_and_seeds():
-    from mope_clip.report.bench import interval
+    from mope_clip.report.comparison import interval
 
     rng = np.random.default_rng(0)
     hard = rng.normal(50, 20, 400)

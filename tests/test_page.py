@@ -203,7 +203,7 @@ def test_a_rendered_notebook(name, browser):
     narrow(browser, path)
 
 
-@pytest.mark.parametrize('name', ['02b_blocks', '04e_mope', '07i_pictures'])
+@pytest.mark.parametrize('name', ['02b_blocks', '04e_mope', '07j_pictures'])
 def test_a_lesson(name, browser):
     path = ROOT / 'reports' / 'lessons' / f'{name}.html'
     with Visit(browser, path) as v:

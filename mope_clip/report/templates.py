@@ -85,7 +85,7 @@ def parameters_in(
         for node in found
     }
 
-# %% ../../nbs/07a_templates.ipynb #cb1b5224
+# %% ../../nbs/07a_templates.ipynb #ff662060
 ABOUT_RULES = ('rules', 'claims', 'figure', 'findings')  # keys that are no scale
 
 
@@ -98,8 +98,12 @@ class Rule:
     deciding: bool = False
 
     def filled(self, values: dict) -> 'Rule':
-        "The rule with its {names} replaced"
-        return Rule(self.says.format(**values), self.kind, self.deciding)
+        "The rule with its {names} replaced; `ValueError` for one that has no value"
+        try:
+            says = self.says.format(**values)
+        except (KeyError, IndexError, TypeError) as e:
+            raise ValueError(f'The rule {self.says!r} names {e}, which has no value.') from None
+        return Rule(says, self.kind, self.deciding)
 
 # %% ../../nbs/07a_templates.ipynb #5b89373c
 def names_in(
