@@ -105,15 +105,20 @@ def test_what_other_code_made_is_made_anew(tiny, tmp_path):
     b = bench_of(tiny, tmp_path)
     b.scores(tiny, 'random', seed=1)
     (record,) = (tmp_path / 'scores').glob('*.code.json')
-    functions = json.loads(record.read_text())
+    functions = json.loads(record.read_text(encoding='utf-8'))
     assert 'mope_clip.metrics.table.score_by' in functions
     (table,) = (tmp_path / 'scores').glob('*.parquet')
     made = table.stat().st_mtime_ns
     b.scores(tiny, 'random', seed=1)
     assert table.stat().st_mtime_ns == made
-    record.write_text(json.dumps({**functions, 'mope_clip.metrics.table.score_by': 'other'}))
+    record.write_text(
+        json.dumps({**functions, 'mope_clip.metrics.table.score_by': 'other'}), encoding='utf-8'
+    )
     b.scores(tiny, 'random', seed=1)
-    assert table.stat().st_mtime_ns > made and json.loads(record.read_text()) == functions
+    assert (
+        table.stat().st_mtime_ns > made
+        and json.loads(record.read_text(encoding='utf-8')) == functions
+    )
 
 
 def test_who_takes_what_is_kept_owes_its_numbers_to_the_same_code(tiny, tmp_path):

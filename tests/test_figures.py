@@ -48,7 +48,7 @@ def test_a_figure_is_saved_with_its_numbers(tmp_path):
     save_figure(fig, tmp_path, 'bare')
     files = ['bare.png', 'curve.csv', 'curve.png', 'curve.svg']
     assert sorted(p.name for p in tmp_path.iterdir()) == files
-    assert '<dc:date>' not in (tmp_path / 'curve.svg').read_text()
+    assert '<dc:date>' not in (tmp_path / 'curve.svg').read_text(encoding='utf-8')
     assert (tmp_path / 'curve.png').read_bytes()[:4] == b'\x89PNG'
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / 'curve.csv'), numbers)
 
@@ -60,11 +60,11 @@ def test_a_table_is_saved_for_a_paper_and_for_a_program(tmp_path):
     kept = pd.DataFrame({'kept (%)': [97.25, float('nan')], 'a_b': [3, 4]}, index=index)
     save_table(kept, tmp_path, 'kept', digits=1)
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / 'kept.csv', index_col=0), kept)
-    latex = (tmp_path / 'kept.tex').read_text()
+    latex = (tmp_path / 'kept.tex').read_text(encoding='utf-8')
     for part in ('\\toprule', 'half \\& half & 97.2 & 3', 'kept (\\%)', 'all &  & 4', 'a\\_b'):
         assert part in latex
     save_table(kept, tmp_path, 'bare', index=False)
-    assert 'all' not in (tmp_path / 'bare.tex').read_text()
+    assert 'all' not in (tmp_path / 'bare.tex').read_text(encoding='utf-8')
 
 
 def test_heat_maps_show_every_score(scores):

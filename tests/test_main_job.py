@@ -34,7 +34,7 @@ def finished(tmp_path_factory):
 
 
 def test_results_are_whole(finished):
-    r = json.loads((finished / 'results.json').read_text())
+    r = json.loads((finished / 'results.json').read_text(encoding='utf-8'))
     assert set(r) == {
         'schema',
         'name',
@@ -64,7 +64,9 @@ def test_results_are_whole(finished):
 
 
 def test_what_was_executed_is_in_the_record(finished):
-    functions = json.loads((finished / 'results.json').read_text())['provenance']['functions']
+    functions = json.loads((finished / 'results.json').read_text(encoding='utf-8'))['provenance'][
+        'functions'
+    ]
     words = 'score', 'plan_width', 'plan_depth', 'prune', 'distill', 'retriev', 'encode', 'Loss'
     for word in words:
         assert any(word in name for name in functions), f'nothing of {word} was recorded'
@@ -82,7 +84,7 @@ print(retrieval(clip, pairs)['mean_recall'], shape_of(clip))
 """
     r = run(sys.executable, '-W', 'ignore', '-c', code)
     value, shape = r.stdout.strip().split(' ', 1)
-    rows = json.loads((finished / 'results.json').read_text())['rows']
+    rows = json.loads((finished / 'results.json').read_text(encoding='utf-8'))['rows']
     assert float(value) == next(
         x['value']
         for x in rows
@@ -117,7 +119,7 @@ def test_bad_input_is_one_sentence_and_nothing_half_written(case, tmp_path):
     if case == 'teacher_without_weights':
         (tmp_path / 'empty').mkdir()
         (tmp_path / 'empty' / 'open_clip_config.json').write_text(
-            (ROOT / 'data' / 'teacher' / 'open_clip_config.json').read_text()
+            (ROOT / 'data' / 'teacher' / 'open_clip_config.json').read_text(encoding='utf-8')
         )
         parameters = dict(model=tmp_path / 'empty')
     out = parameters.get('out_dir', str(tmp_path / 'run'))

@@ -278,7 +278,7 @@ def made_up(toy_repo):
     from mope_clip.data.files import png
     from mope_clip.report import write_index, write_page
 
-    (toy_repo / 'data' / 'README.md').write_text('data')
+    (toy_repo / 'data' / 'README.md').write_text('data', encoding='utf-8')
     reports, picture = toy_repo / 'reports', png(Image.new('RGB', (1600, 300), 'teal'))['bytes']
     for folder in ('nbs', 'reports/40_all'):
         write_notebook(toy_repo / folder / '40_all.ipynb', *hostile_cells(picture))
@@ -295,7 +295,7 @@ def made_up(toy_repo):
         prose('## Ends\n\n## Ends'),
     )
     (reports / '40_all' / 'wide_one.png').write_bytes(picture)
-    (reports / '40_all' / 'wide_one.csv').write_text('a\n1\n')
+    (reports / '40_all' / 'wide_one.csv').write_text('a\n1\n', encoding='utf-8')
     found = f'<script>alert(1)</script> {LONG}'
     claims = [
         (f'c{holds}', holds, -12345.678, f'{LONG} < 3', found, -13000, -12000)
@@ -329,7 +329,7 @@ def test_a_made_up_repository(made_up, browser):
 def test_the_checks_see_what_they_are_for(made_up, browser):
     "A page that asks for a file elsewhere, jumps a heading or lacks a picture fails"
     path = made_up / 'index.html'
-    good = path.read_text()
+    good = path.read_text(encoding='utf-8')
     with Visit(browser, path) as v:
         check(v)
     for old, new in (
@@ -342,10 +342,12 @@ def test_the_checks_see_what_they_are_for(made_up, browser):
         ('lang="en"', ''),
     ):
         assert old in good
-        path.write_text(good.replace(old, new))
+        path.write_text(good.replace(old, new), encoding='utf-8')
         with Visit(browser, path) as v, pytest.raises(AssertionError):
             check(v)
-    path.write_text(good.replace('<footer>', '<footer><p style="width: 500px">wide</p>'))
+    path.write_text(
+        good.replace('<footer>', '<footer><p style="width: 500px">wide</p>'), encoding='utf-8'
+    )
     with pytest.raises(AssertionError, match='scrolls sideways'):
         narrow(browser, path)
 
@@ -362,13 +364,15 @@ def test_all_reports_by_one_command(tmp_path):
     "What is missing is run in order, a failure stops no other, and the same command goes on"
     for d in ('data', 'nbs', 'reports'):
         (tmp_path / d).mkdir()
-    (tmp_path / 'settings.ini').write_text('[DEFAULT]\n')
+    (tmp_path / 'settings.ini').write_text('[DEFAULT]\n', encoding='utf-8')
 
     def template(name, last):
         parameters = f"out_dir: str = ''  # of {name}"
         cells = code(parameters, ['parameters']), code(FRAME), code(BODY.format(last=last))
         write_notebook(tmp_path / 'nbs' / f'{name}.ipynb', prose(f'# {name}'), *cells)
-        (tmp_path / 'nbs' / f'{name}.yaml').write_text('rules: {a: {says: a rule}}\n')
+        (tmp_path / 'nbs' / f'{name}.yaml').write_text(
+            'rules: {a: {says: a rule}}\n', encoding='utf-8'
+        )
 
     def do():
         command = (sys.executable, '-m', 'mope_clip.cli', 'report', '--all')
@@ -384,9 +388,9 @@ def test_all_reports_by_one_command(tmp_path):
         'The same command goes on with what is missing.'
     )
     stored = tmp_path / 'reports' / '50_works' / 'results.json'
-    assert json.loads(stored.read_text())['scale'] == 'full'
+    assert json.loads(stored.read_text(encoding='utf-8'))['scale'] == 'full'
     assert not (tmp_path / 'reports' / '40_fails').exists()
-    page = (tmp_path / 'reports' / 'index.html').read_text()
+    page = (tmp_path / 'reports' / 'index.html').read_text(encoding='utf-8')
     assert 'a finding' in page and 'mope report 40_fails' in page
     assert (tmp_path / 'reports' / '50_works' / '50_works.html').is_file()
     before = stored.stat().st_mtime_ns

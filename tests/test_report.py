@@ -42,7 +42,7 @@ def test_a_finished_run_is_not_overwritten_by_one_with_other_parameters(toy_repo
     from mope_clip.report.parameters import run_dir
 
     done = run_dir('20_finetune', 'coco') / 'results.json'
-    done.write_text(json.dumps(dict(parameters=dict(keep=0.5, out_dir='x'))))
+    done.write_text(json.dumps(dict(parameters=dict(keep=0.5, out_dir='x'))), encoding='utf-8')
     run_dir('20_finetune', 'coco', parameters=dict(keep=0.5, out_dir=''))  # the same run goes on
     with pytest.raises(ValueError, match=r'finished run with keep 0.5, which this one would overw'):
         run_dir('20_finetune', 'coco', parameters=dict(keep=0.25, out_dir=''))
@@ -117,12 +117,13 @@ def test_adding_a_report_touches_its_notebook_and_its_yaml_file_alone(toy_repo):
     from mope_clip.report.templates import Template, template_names
 
     (toy_repo / 'nbs' / 'claims.yaml').write_text(
-        '3: {claim: It rates., short: Rates., found: So it seems.}\n'
+        '3: {claim: It rates., short: Rates., found: So it seems.}\n', encoding='utf-8'
     )
     write_notebook(toy_repo / 'nbs' / '90_new.ipynb', prose('# New\n> Whether.'))
     (toy_repo / 'nbs' / '90_new.yaml').write_text(
         "claims: {3: ['*']}\nrules:\n  'above-{other}': {says: 'above {other}, {seeds} seeds'}\n"
-        'smoke: {seeds: 1}\n'
+        'smoke: {seeds: 1}\n',
+        encoding='utf-8',
     )
     new = Template('90_new')
     assert template_names() == ['90_new'] and evidence(3, ['90_new']) == {'90_new': ['*']}
@@ -135,7 +136,8 @@ def test_a_rule_with_the_very_id_comes_before_one_with_names(toy_repo):
 
     (toy_repo / 'nbs' / '90_new.yaml').write_text(
         "rules:\n  'above-{other}': {says: 'any {other}'}\n"
-        '  above-random: {says: chance, deciding: true}\n'
+        '  above-random: {says: chance, deciding: true}\n',
+        encoding='utf-8',
     )
     new = Template('90_new')
     assert (new.rule('above-random', {}).says, new.rule('above-masks', {}).says) == (
@@ -252,7 +254,7 @@ def test_results_are_one_whole_file(tiny, tmp_path):
     rule = Rule('at least 90 %', 'budget', deciding=True)
     for holds in (True, False, None):
         results.claim('half', holds, 61, rule, '61 % are left', 55, 67)
-    saved = json.loads(results.write(seeds=[1], data=dict(scored='ab')).read_text())
+    saved = json.loads(results.write(seeds=[1], data=dict(scored='ab')).read_text(encoding='utf-8'))
     assert [p.name for p in (tmp_path / 'runs').iterdir()] == ['results.json']
     keys = ['schema', 'name', 'scale', 'parameters', 'rows', 'cost', 'claims', 'provenance']
     assert list(saved) == keys
@@ -302,7 +304,8 @@ def framed(toy_repo, monkeypatch):
         code("images: int = 8\nseed: int = 0\nout_dir: str = ''", ['parameters']),
     )
     (toy_repo / 'nbs' / '90_toy.yaml').write_text(
-        "rules:\n  'above-{other}': {says: 'above {other} on {images} images and {more}'}\n"
+        "rules:\n  'above-{other}': {says: 'above {other} on {images} images and {more}'}\n",
+        encoding='utf-8',
     )
     reports = []
 
@@ -362,7 +365,7 @@ def test_a_report_that_is_finished_says_what_was_executed(framed, monkeypatch, t
     report.add(tiny, pairs, 'mope', 'teacher')
     report.claim('above-masks', True, 1.0, 'it is above', more='x')
     report.finish(model=report.out / 'model')
-    saved = json.loads((report.out / 'results.json').read_text())
+    saved = json.loads((report.out / 'results.json').read_text(encoding='utf-8'))
     functions = saved['provenance']['functions']
     assert 'mope_clip.evaluate.recall.ranks' in functions and all(functions.values())
     assert not any('.report.code.' in f or '.report.frame.' in f for f in functions)
@@ -383,8 +386,10 @@ def test_what_an_earlier_attempt_executed_stays_in_the_record(framed, monkeypatc
     again = framed()
     assert 'mope_clip.evaluate.recall.ranks' in again.recorder.functions()
     again.recorder.stop()
-    record = json.loads((first.out / RECORD).read_text())
-    (first.out / RECORD).write_text(json.dumps({**record, 'mope_clip.data.files.digest': 'old'}))
+    record = json.loads((first.out / RECORD).read_text(encoding='utf-8'))
+    (first.out / RECORD).write_text(
+        json.dumps({**record, 'mope_clip.data.files.digest': 'old'}), encoding='utf-8'
+    )
     capsys.readouterr()
     assert framed().recorder.functions()['mope_clip.data.files.digest'] == 'old'
     assert 'the report will be stale' in capsys.readouterr().out
@@ -413,7 +418,7 @@ def test_noise_is_taken_out_of_an_executed_notebook(toy_repo):
     cell['metadata']['papermill'] = dict(duration=1.5)
     path = toy_repo / 'executed.ipynb'
     about = dict(kernelspec=dict(name='python3'), papermill=dict(duration=2.5))
-    path.write_text(json.dumps(dict(cells=[cell], metadata=about)))
+    path.write_text(json.dumps(dict(cells=[cell], metadata=about)), encoding='utf-8')
     tidied = tidy_notebook(without_place(path))
     assert tidied['metadata'] == dict(kernelspec=dict(name='python3'))
     assert tidied['cells'][0]['metadata'] == dict(tags=['parameters'])
@@ -429,7 +434,7 @@ def test_results_get_their_scale_their_day_and_the_longest_run(toy_repo):
     from mope_clip.report.runner import dated_results
 
     path = write_results(toy_repo, '90_toy')
-    before = json.loads(path.read_text())
+    before = json.loads(path.read_text(encoding='utf-8'))
     after = dated_results(before, 'smoke', 86_400 * 365.25 * 30, 900)
     assert longest_run(dated_results(after, 'full', 0, 60)) == 900
     assert (before['scale'], after['scale']) == ('full', 'smoke')
@@ -453,9 +458,9 @@ def test_kept_outputs_differ_only_where_something_else_is_shown(toy_repo):
         code('from PIL import Image\nImage.new("RGB", (200, 200), "teal")'),
     )
     keep_outputs('00_toy')
-    once = path.read_text()
+    once = path.read_text(encoding='utf-8')
     keep_outputs('00_toy')
-    assert path.read_text() == once  # folder and address were others
+    assert path.read_text(encoding='utf-8') == once  # folder and address were others
     shown = [c['outputs'] for c in json.loads(once)['cells']]
     assert [''.join(o['text']) for o in shown[0]] == ['tmp\n']
     assert [''.join(o['data']['text/plain']) for o in shown[1]] == ["(<object>, '1', 2)"]
@@ -471,7 +476,7 @@ report = Report(globals())"""
 LAST = """from mope_clip.data.files import digest
 report.keep([dict(task=task, split='test', method='mope', tower='both', size=1, stage='pruned',
                   seed=0, metric='mean_recall', value=61.5, se=None)])
-(report.out / 'model.safetensors').write_text('weights')
+(report.out / 'model.safetensors').write_text('weights', encoding="utf-8")
 digest('a')
 print('of', task)
 report.finish()"""
@@ -502,42 +507,47 @@ def test_a_report_is_stored_without_weights_and_turns_stale_by_itself(toy_repo):
     assert folder == toy_repo / 'reports' / '90_toy'
     assert sorted(p.name for p in folder.iterdir()) == ['90_toy.ipynb', 'results.json']
     assert len(list((toy_repo / 'runs').rglob('model.safetensors'))) == 1
-    assert 'of coco' in (folder / '90_toy.ipynb').read_text()
+    assert 'of coco' in (folder / '90_toy.ipynb').read_text(encoding='utf-8')
 
-    (toy_repo / 'nbs' / '90_toy.yaml').write_text('smoke: {task: small}')
+    (toy_repo / 'nbs' / '90_toy.yaml').write_text('smoke: {task: small}', encoding='utf-8')
     small = report('90_toy', 'smoke')
     assert small == toy_repo / 'runs' / '90_toy-smoke' / 'report'
-    assert 'of small' in (small / '90_toy.ipynb').read_text()
-    scales = [json.loads((f / 'results.json').read_text())['scale'] for f in (folder, small)]
+    assert 'of small' in (small / '90_toy.ipynb').read_text(encoding='utf-8')
+    scales = [
+        json.loads((f / 'results.json').read_text(encoding='utf-8'))['scale']
+        for f in (folder, small)
+    ]
     assert scales == ['full', 'smoke']
 
-    line = write_index(check=True).read_text().splitlines()[-1]
+    line = write_index(check=True).read_text(encoding='utf-8').splitlines()[-1]
     assert 'pruned: 61.5 % mean recall' in line and '| fresh |' in line
     assert line.endswith('| `mope report 90_toy` |')
 
     path, stored = toy_repo / 'nbs' / '90_toy.ipynb', folder / '90_toy.ipynb'
-    ran = json.loads(stored.read_text())['cells']
-    notebook = json.loads(path.read_text())
+    ran = json.loads(stored.read_text(encoding='utf-8'))['cells']
+    notebook = json.loads(path.read_text(encoding='utf-8'))
     said = prose('{{this|row|pruned|mean_recall}} % are left.')
     notebook['cells'].append(said)
-    path.write_text(json.dumps(notebook))
+    path.write_text(json.dumps(notebook), encoding='utf-8')
     with pytest.raises(ValueError, match='has not the text of its notebook: run `mope index`'):
         write_index(check=True)
     write_index()
-    now = json.loads(stored.read_text())['cells']
+    now = json.loads(stored.read_text(encoding='utf-8'))['cells']
     assert now[:-1] == [{**c, 'metadata': dict(tags=c['metadata'].get('tags', []))} for c in ran]
     assert ''.join(now[-1]['source']) == '61.5 % are left.'
 
-    (toy_repo / 'nbs' / '90_toy.yaml').write_text('smoke: {task: small}\nrules: {a: {says: b}}\n')
-    results = json.loads((folder / 'results.json').read_text())
+    (toy_repo / 'nbs' / '90_toy.yaml').write_text(
+        'smoke: {task: small}\nrules: {a: {says: b}}\n', encoding='utf-8'
+    )
+    results = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
     assert state_of(results) == 'stale', 'the rules of its YAML file changed'
-    (toy_repo / 'nbs' / '90_toy.yaml').write_text('smoke: {task: small}')
+    (toy_repo / 'nbs' / '90_toy.yaml').write_text('smoke: {task: small}', encoding='utf-8')
     assert state_of(results) == 'fresh', 'and were taken back'
     toy_template(toy_repo, code('print(1)'))
     with pytest.raises(ValueError, match='out of date: run `mope index`'):
         write_index(check=True)
-    assert '| stale: its code changed since |' in write_index().read_text()
-    assert '61.5 % are left' in stored.read_text(), 'a stale report keeps its text'
+    assert '| stale: its code changed since |' in write_index().read_text(encoding='utf-8')
+    assert '61.5 % are left' in stored.read_text(encoding='utf-8'), 'a stale report keeps its text'
 
 
 def test_a_run_does_not_go_on_from_pieces_of_other_code(toy_repo, capsys):
@@ -547,8 +557,10 @@ def test_a_run_does_not_go_on_from_pieces_of_other_code(toy_repo, capsys):
     toy_template(toy_repo)
     work = toy_repo / 'runs' / '90_toy-full'
     work.mkdir(parents=True)
-    (work / 'piece').write_text('of an earlier run')
-    (work / RECORD).write_text(json.dumps({'mope_clip.data.files.digest': 'of other code'}))
+    (work / 'piece').write_text('of an earlier run', encoding='utf-8')
+    (work / RECORD).write_text(
+        json.dumps({'mope_clip.data.files.digest': 'of other code'}), encoding='utf-8'
+    )
     report('90_toy')
     assert 'digest changed since an earlier run' in capsys.readouterr().out
     assert not (work / 'piece').exists() and (work / 'results.json').is_file()
@@ -569,11 +581,11 @@ def test_reports_of_the_old_schema_are_read_and_are_stale(toy_repo):
         for claim in old['claims']:
             claim.pop('kind', None)
             claim.pop('deciding', None)
-        (toy_repo / 'reports' / name / 'results.json').write_text(json.dumps(old))
+        (toy_repo / 'reports' / name / 'results.json').write_text(json.dumps(old), encoding='utf-8')
         assert why_stale(old) == ['it was made before it was recorded what a run executes']
     write_index()
     write_page()
-    page = (toy_repo / 'reports' / 'index.html').read_text()
+    page = (toy_repo / 'reports' / 'index.html').read_text(encoding='utf-8')
     assert '2 of 2 reports were run: 0 fresh, 2 stale' in page
 
 
@@ -592,7 +604,9 @@ def with_readme(toy_repo):
     folder = toy_repo / 'reports' / '90_toy'
     write_notebook(toy_repo / 'nbs' / '90_toy.ipynb', prose('# Toy'))
     write_results(folder, '90_toy', rows, claims, minutes=1.5, kept_percent=76.9)
-    (folder / 'sizes.csv').write_text('size,method,recall\nhalf,mope,94.96\nhalf,random,92.7\n')
+    (folder / 'sizes.csv').write_text(
+        'size,method,recall\nhalf,mope,94.96\nhalf,random,92.7\n', encoding='utf-8'
+    )
     return toy_repo
 
 
@@ -610,7 +624,7 @@ def test_the_readme_is_the_prose_of_a_notebook_with_numbers_of_files(with_readme
         '',
         'Kept: {{90_toy|cost|kept_percent}} %, see [it](90_toy.ipynb).',
     )
-    assert write_readme().read_text().split('\n\n') == [
+    assert write_readme().read_text(encoding='utf-8').split('\n\n') == [
         '# Toy',
         'Recall is 61.5 %, [here](reports/90_toy/results.json).',
         'Kept: 76.9 %, see [it](nbs/90_toy.ipynb).\n',
@@ -637,7 +651,7 @@ def test_fields_name_claims_costs_and_times(with_readme):
 def test_a_stale_finding_says_so(with_readme):
     from mope_clip.report.readme import findings
 
-    (with_readme / 'nbs' / '90_toy.yaml').write_text('findings: [rest]\n')
+    (with_readme / 'nbs' / '90_toy.yaml').write_text('findings: [rest]\n', encoding='utf-8')
     assert '| holds at this scale | none' in findings()
     write_notebook(with_readme / 'nbs' / '90_toy.ipynb', prose('# Toy'), code('x = 1'))
     assert '| holds at this scale (stale: its code changed since) | none' in findings()

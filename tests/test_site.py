@@ -45,7 +45,7 @@ def toy(toy_repo):
     folder, picture = toy_repo / 'reports' / '80_toy', png(Image.new('RGB', (60, 40), 'orange'))
     folder.mkdir()
     (folder / 'recall.png').write_bytes(picture['bytes'])
-    (folder / 'recall.csv').write_text('size,recall\n1,2\n')
+    (folder / 'recall.csv').write_text('size,recall\n1,2\n', encoding='utf-8')
     image = base64.b64encode(picture['bytes']).decode()
     outputs = [
         dict(output_type='display_data', metadata={}, data={'image/png': image}),
@@ -85,9 +85,9 @@ def declare(toy, name, text):
 def restate(toy, source="task: str = 'new'"):
     "Another default in the parameters cell"
     path = toy / 'nbs' / '80_toy.ipynb'
-    notebook = json.loads(path.read_text())
+    notebook = json.loads(path.read_text(encoding='utf-8'))
     notebook['cells'][1]['source'] = source
-    path.write_text(json.dumps(notebook))
+    path.write_text(json.dumps(notebook), encoding='utf-8')
 
 
 def test_a_template_without_a_report_is_said_to_be_missing(toy):
@@ -107,9 +107,9 @@ def test_a_report_keeps_the_title_that_it_was_run_under(toy):
     ]
     restate(toy)
     path = toy / 'nbs' / '80_toy.ipynb'
-    notebook = json.loads(path.read_text())
+    notebook = json.loads(path.read_text(encoding='utf-8'))
     notebook['cells'][0]['source'] = '# Renamed'
-    path.write_text(json.dumps(notebook))
+    path.write_text(json.dumps(notebook), encoding='utf-8')
     assert (entries()[0].state, entries()[0].title) == ('stale', 'Toy & co')
 
 
@@ -356,7 +356,7 @@ def test_a_report_on_the_page_has_figure_verdicts_command_and_files(toy):
     assert '1.5 minutes' in article.details.get_text()
     results = results_of('80_toy')
     results['provenance'].update(date='2026-11-24', dirty=True)
-    (toy / 'reports' / '80_toy' / 'results.json').write_text(json.dumps(results))
+    (toy / 'reports' / '80_toy' / 'results.json').write_text(json.dumps(results), encoding='utf-8')
     dated = provenance_html(entries()[0])
     assert '2026-11-24' in dated and 'not committed' in dated
     restate(toy)
@@ -373,7 +373,7 @@ CLAIMS = """
 def test_the_verdict_on_a_claim_follows_from_its_rules(toy):
     from mope_clip.report.page import entries, evidence_html
 
-    (toy / 'nbs' / 'claims.yaml').write_text(CLAIMS)
+    (toy / 'nbs' / 'claims.yaml').write_text(CLAIMS, encoding='utf-8')
     declare(toy, '80_toy', "claims: {3: ['be*', other]}\n")
     declare(toy, '81_later', "claims: {3: ['*'], 5: ['*']}\n")
     one, three, five = (soup_of(evidence_html(n, entries())) for n in (1, 3, 5))
@@ -394,14 +394,16 @@ def test_the_report_that_a_claim_names_comes_first(toy):
 
     for name in ('80_toy', '81_later'):
         declare(toy, name, "claims: {1: ['*']}\n")
-    (toy / 'nbs' / 'claims.yaml').write_text('1: {claim: a, short: b, found: c, first: 81_later}')
+    (toy / 'nbs' / 'claims.yaml').write_text(
+        '1: {claim: a, short: b, found: c, first: 81_later}', encoding='utf-8'
+    )
     assert list(evidence(1, ['80_toy', '81_later'])) == ['81_later', '80_toy']
 
 
 def test_everything_on_the_page_leads_somewhere(toy):
     from mope_clip.report.page import index_page
 
-    (toy / 'nbs' / 'claims.yaml').write_text(CLAIMS)
+    (toy / 'nbs' / 'claims.yaml').write_text(CLAIMS, encoding='utf-8')
     declare(toy, '80_toy', "claims: {3: ['*']}\n")
     soup = soup_of(index_page())
     assert [h.get_text() for h in soup.find_all(['h1', 'h2'])] == [
@@ -440,7 +442,7 @@ def test_every_run_is_a_row(toy):
     results = results_of('80_toy')
     first = results['rows'][0]
     results['rows'] += [dict(first, value=7.0), dict(first, method='none', size=None)]
-    (toy / 'reports' / '80_toy' / 'results.json').write_text(json.dumps(results))
+    (toy / 'reports' / '80_toy' / 'results.json').write_text(json.dumps(results), encoding='utf-8')
     assert list(runs_table()['TR@1'].dropna()) == [61.5, 61.5, 7.0, 61.5]
     text = runs_table().to_csv(index=False)
     assert ',end,10,0,' in text and ',end,,0,' in text
@@ -462,7 +464,7 @@ def test_files_are_written_again_only_where_something_changed(toy):
         write_page(check=True)
     write_page()
     assert [p.name for p in before if p.read_bytes() != before[p]] == ['index.html']
-    (toy / 'reports' / 'runs.csv').write_text('by hand')
+    (toy / 'reports' / 'runs.csv').write_text('by hand', encoding='utf-8')
     with pytest.raises(ValueError, match=r'reports/runs.csv is out of date'):
         write_page(check=True)
     (toy / 'nbs' / '01_lesson.ipynb').unlink()
