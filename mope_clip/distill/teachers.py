@@ -9,8 +9,7 @@ __all__ = ['STAGES', 'FINETUNE', 'train', 'distill', 'embedded_teacher', 'task_s
 import json
 from pathlib import Path
 
-from ..clip import Clip, load_clip
-from ..clip.folders import save_open_clip
+from ..clip import Clip, load_clip, save_open_clip
 from ..data import stream_pairs
 from ..data.files import cache_dir, data_dir, write_atomic
 from ..data.parallel import processes

@@ -25,15 +25,16 @@ from mope_clip.clip import (
     build_clip,
     load_clip,
     prune,
+    save_open_clip,
     shape_of,
     spec_hash,
     weights_hash,
     whole_spec,
 )
 from ..clip.blocks import take
-from ..clip.convert import mlp_ratio, preprocess_to_hf
-from ..clip.convert import to_hf as as_hf
-from ..clip.folders import from_hub, save_open_clip
+from ..clip.convert import mlp_ratio
+from ..clip.load import from_hub
+from ..clip.to_hugging_face import hf_config_and_weights, preprocess_to_hf
 from ..data.files import first_line, write_atomic, write_folder
 from ..evaluate import cost
 
@@ -361,7 +362,7 @@ def to_hf(
     from transformers import CLIPConfig, CLIPModel
 
     flat = plain(clip, pad)
-    cfg, state = as_hf(flat.config['model_cfg'], flat.model.state_dict())
+    cfg, state = hf_config_and_weights(flat.config['model_cfg'], flat.model.state_dict())
     model = CLIPModel(CLIPConfig(**cfg)).eval()
     model.load_state_dict(state)
     seen, said = probe(flat, 'vision', 2), probe(flat, 'text', 2)
