@@ -1,4 +1,4 @@
-"Shared by the tests: the root, one way to run a command, and a grid of small architectures."
+"Shared by the tests: the root, one way to run a command, a grid of models, a toy repository."
 
 import copy
 import os
@@ -95,3 +95,13 @@ def custom_tiny(**text):
     config = copy.deepcopy(tiny.config['model_cfg'])
     config['text_cfg'].update(text)
     return build_clip(dict(tiny.config, model_cfg=dict(config, custom_text=True)), tiny.tokenizer)
+
+
+@pytest.fixture
+def toy_repo(tmp_path, monkeypatch):
+    "An empty repository in a temporary folder, which the library takes for its own"
+    monkeypatch.setenv('MOPE_CLIP_DATA', str(tmp_path / 'data'))
+    for folder in ('data', 'nbs', 'reports'):
+        (tmp_path / folder).mkdir()
+    (tmp_path / 'settings.ini').write_text('[DEFAULT]\n', encoding='utf-8')
+    return tmp_path

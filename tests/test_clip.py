@@ -32,9 +32,9 @@ from mope_clip.clip import (
     weights_hash,
     whole_spec,
 )
+from mope_clip.clip.attention import SlimAttention
 from mope_clip.clip.blocks import empty_linear, take
 from mope_clip.clip.families import NativeBlock, towers_of
-from mope_clip.clip.attention import SlimAttention
 from mope_clip.clip.model import dense_shape
 from mope_clip.clip.spec import full_spec
 

@@ -15,8 +15,8 @@ from conftest import ROOT, run
 from PIL import Image
 
 from mope_clip.data import files, parallel
-from mope_clip.data.progress import progress
 from mope_clip.data.files import as_dataset, digest, png, write_atomic, write_folder
+from mope_clip.data.progress import progress
 
 # files
 

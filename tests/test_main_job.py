@@ -8,7 +8,7 @@ import pytest
 import yaml
 from conftest import ROOT, run
 
-SMOKE = yaml.safe_load((ROOT / 'nbs' / '20_finetune.yaml').read_text())['smoke']
+SMOKE = yaml.safe_load((ROOT / 'nbs' / '20_finetune.yaml').read_text(encoding='utf-8'))['smoke']
 
 
 def papermill(out, cwd=ROOT, **parameters):
@@ -34,7 +34,7 @@ def finished(tmp_path_factory):
 
 
 def test_results_are_whole(finished):
-    r = json.loads((finished / 'results.json').read_text())
+    r = json.loads((finished / 'results.json').read_text(encoding='utf-8'))
     assert set(r) == {
         'schema',
         'name',
@@ -56,11 +56,21 @@ def test_results_are_whole(finished):
     assert len(r['rows']) == 6 * 7 and all(
         0 <= row['value'] <= 100 and row['split'] == 'test' for row in r['rows']
     )
-    assert {'commit', 'code_hash', 'versions', 'wall_time', 'peak_memory', 'data'} <= set(
-        r['provenance']
-    )
+    made = {'commit', 'template_hash', 'functions', 'versions', 'wall_time', 'peak_memory', 'data'}
+    assert made <= set(r['provenance'])
+    assert set(r['provenance']['data']) == {'test', 'scored', 'sprites'}
     sizes = {row['stage']: row['size'] for row in r['rows']}
     assert sizes['teacher'] > sizes['width pruned'] > sizes['depth pruned']
+
+
+def test_what_was_executed_is_in_the_record(finished):
+    functions = json.loads((finished / 'results.json').read_text(encoding='utf-8'))['provenance'][
+        'functions'
+    ]
+    words = 'score', 'plan_width', 'plan_depth', 'prune', 'distill', 'retriev', 'encode', 'Loss'
+    for word in words:
+        assert any(word in name for name in functions), f'nothing of {word} was recorded'
+    assert not any(name.endswith(('.magnitude', '.zero_shot')) for name in functions)
 
 
 def test_small_model_from_disk_in_a_new_process(finished):
@@ -69,11 +79,12 @@ from mope_clip.clip import load_clip, shape_of
 from mope_clip.data import load_pairs
 from mope_clip.evaluate import retrieval
 clip = load_clip({str(finished / 'model')!r}, device='cpu')
-print(retrieval(clip, load_pairs('openmoji', 'test', {SMOKE['images_evaluated']}))['mean_recall'], shape_of(clip))
+pairs = load_pairs('openmoji', 'test', {SMOKE['images_evaluated']})
+print(retrieval(clip, pairs)['mean_recall'], shape_of(clip))
 """
     r = run(sys.executable, '-W', 'ignore', '-c', code)
     value, shape = r.stdout.strip().split(' ', 1)
-    rows = json.loads((finished / 'results.json').read_text())['rows']
+    rows = json.loads((finished / 'results.json').read_text(encoding='utf-8'))['rows']
     assert float(value) == next(
         x['value']
         for x in rows
@@ -88,7 +99,7 @@ BAD = dict(
         "Unknown parameter 'kepp_width', did you mean 'keep_width'",
     ),
     wrong_type=(dict(groups='many'), 'groups must be of type int'),
-    unknown_task=(dict(task='imagenet'), "task is 'imagenet'"),
+    unknown_task=(dict(task='imagenet'), "Unknown task 'imagenet'"),
     rate=(dict(lr=-1.0), 'lr is a learning rate above 0'),
     less_than_a_batch=(dict(pairs_depth=4), 'pairs_seen is 4, less than one batch of 64'),
     keep_out_of_range=(dict(keep_width=1.5), 'above 0 and at most 1, not 1.5'),
@@ -108,7 +119,7 @@ def test_bad_input_is_one_sentence_and_nothing_half_written(case, tmp_path):
     if case == 'teacher_without_weights':
         (tmp_path / 'empty').mkdir()
         (tmp_path / 'empty' / 'open_clip_config.json').write_text(
-            (ROOT / 'data' / 'teacher' / 'open_clip_config.json').read_text()
+            (ROOT / 'data' / 'teacher' / 'open_clip_config.json').read_text(encoding='utf-8')
         )
         parameters = dict(model=tmp_path / 'empty')
     out = parameters.get('out_dir', str(tmp_path / 'run'))

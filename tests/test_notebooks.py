@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT, run
 
-LIBRARY = sorted(p.stem for p in (ROOT / 'nbs').glob('*.ipynb') if not p.name[:1] in '123456789')
+LIBRARY = sorted(p.stem for p in (ROOT / 'nbs').glob('*.ipynb') if p.name[:1] not in '123456789')
 TEMPLATES = sorted(p.stem for p in (ROOT / 'nbs').glob('[1-9]*.ipynb'))
 
 

@@ -1,13 +1,15 @@
-"The page of reports in a real browser, with the network blocked: nothing comes from elsewhere, everything resolves, a keyboard and a screen reader find their way. And the command that makes all reports."
+"The page of reports in a real browser, with the network blocked; and the command behind it."
 
 import base64
 import json
 import shutil
 import sys
+from itertools import pairwise
 from urllib.parse import unquote, urlsplit
 
 import pytest
 from conftest import ROOT, run
+from toy import code, prose, row, write_notebook, write_results
 
 BROWSER = next(
     filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'chrome'))),
@@ -22,6 +24,7 @@ SWITCHES = [
     '--no-first-run',
     '--disable-default-apps',
 ]
+LESSONS = sorted(p.stem for p in (ROOT / 'nbs').glob('0*.ipynb'))
 RENDERED = sorted(p.parent.name for p in (ROOT / 'reports').glob('*/results.json'))
 KEEP = 2_000_000  # bytes of a page at most; those of 52 and 54 carry a dozen pictures
 
@@ -40,32 +43,41 @@ def browser():
         b.close()
 
 
+LOADED = """Promise.all([...document.images].map(image => {
+  image.loading = 'eager';
+  return image.decode().catch(() => 0);
+}))"""
+FOCUSED = """(() => {
+  const e = document.activeElement, box = e.getBoundingClientRect();
+  const image = e.querySelector('img') || {};
+  return {
+    tag: e.tagName,
+    name: e.getAttribute('aria-label') || e.textContent.trim() || image.alt || '',
+    href: e.getAttribute('href'),
+    outline: getComputedStyle(e).outlineStyle,
+    seen: box.right > 0 && box.width > 0,
+  };
+})()"""
+
+
+def is_here(url):
+    return url.startswith(('file://', 'data:'))
+
+
 class Visit:
     "A page that was opened offline; what it asked for and what it complained of"
 
     def __init__(self, browser, path, width=1200, **context):
         self.asked, self.said, self.path = [], [], path
         self.context = browser.new_context(viewport=dict(width=width, height=800), **context)
-        self.context.route(
-            lambda url: not url.startswith(('file://', 'data:')), lambda route: route.abort()
-        )
+        self.context.route(lambda url: not is_here(url), lambda route: route.abort())
         self.page = self.context.new_page()
-        self.page.on(
-            'request',
-            lambda r: (
-                self.asked.append(r.url) if not r.url.startswith(('file://', 'data:')) else None
-            ),
-        )
+        self.page.on('request', self.note_request)
         self.page.on('requestfailed', lambda r: self.said.append(f'failed: {r.url[:200]}'))
-        self.page.on(
-            'console',
-            lambda m: self.said.append(m.text) if m.type in ('error', 'warning') else None,
-        )
+        self.page.on('console', self.note_message)
         self.page.on('pageerror', lambda e: self.said.append(str(e)))
         self.page.goto(path.as_uri())
-        self.page.evaluate(
-            "Promise.all([...document.images].map(i => {i.loading = 'eager'; return i.decode().catch(() => 0)}))"
-        )
+        self.page.evaluate(LOADED)
 
     def __enter__(self):
         return self
@@ -73,67 +85,64 @@ class Visit:
     def __exit__(self, *_):
         self.context.close()
 
+    def note_request(self, request):
+        if not is_here(request.url):
+            self.asked.append(request.url)
+
+    def note_message(self, message):
+        if message.type in ('error', 'warning'):
+            self.said.append(message.text)
+
     def do(self, script):
         return self.page.evaluate(script)
+
+    def all(self, selector, of):
+        "What a function makes of every element"
+        return self.do(f"[...document.querySelectorAll('{selector}')].map({of})")
+
+    def odd(self, selector, is_odd):
+        "How many elements are as they should not be"
+        return self.do(f"[...document.querySelectorAll('{selector}')].filter({is_odd}).length")
 
     def focused(self):
         "What the next press of the tab key reaches"
         self.page.keyboard.press('Tab')
-        return self.do(
-            "(() => {const e = document.activeElement, s = getComputedStyle(e), r = e.getBoundingClientRect(); return {tag: e.tagName, name: e.getAttribute('aria-label') || e.textContent.trim() || (e.querySelector('img') || {}).alt || '', href: e.getAttribute('href'), outline: s.outlineStyle, seen: r.right > 0 && r.width > 0}})()"
-        )
+        return self.do(FOCUSED)
+
+
+def check_links(page, hrefs):
+    "Whatever a page leads to is there"
+    for href in hrefs:
+        if href.startswith(('http:', 'https:', 'mailto:')):
+            continue  # for the reader to follow; a page does not load it
+        part = urlsplit(href)
+        target = page.parent / unquote(part.path) if part.path else page
+        assert target.exists(), f'{page.name} links to {href}, which is not there'
+        if part.fragment:
+            assert f'id="{unquote(part.fragment)}"' in target.read_text(encoding='utf-8'), (
+                f'{page.name} links to {href}, but {target.name} has no such place'
+            )
 
 
 def check(visit):
     "What every page must be"
-    assert visit.asked == [] and visit.said == []
     do = visit.do
-    assert (
-        do('document.compatMode') == 'CSS1Compat'
-        and do('document.documentElement.lang') == 'en'
-        and len(do('document.title')) > 5
-    )
-    assert do("['main', 'h1', 'title'].map(t => document.querySelectorAll(t).length)") == [1, 1, 1]
-    assert (
-        do("document.querySelectorAll('script, iframe, object, link[rel=stylesheet]').length") == 0
-    )
-    levels = do("[...document.querySelectorAll('h1, h2, h3, h4, h5, h6')].map(h => +h.tagName[1])")
-    assert levels[0] == 1 and all(b <= a + 1 for a, b in zip(levels, levels[1:])), levels
-    assert (
-        do(
-            '[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src.slice(0, 200))'
-        )
-        == []
-    )
-    assert do("[...document.images].filter(i => !(i.getAttribute('alt') || '').trim()).length") == 0
-    assert (
-        do(
-            "[...document.querySelectorAll('a')].filter(a => !(a.textContent.trim() || (a.querySelector('img') || {}).alt)).length"
-        )
-        == 0
-    )
-    assert (
-        do(
-            "[...document.querySelectorAll('th')].filter(t => !t.scope || !t.textContent.trim()).length"
-        )
-        == 0
-    )
-    assert (
-        do("[...document.querySelectorAll('table')].filter(t => !t.querySelector('th')).length")
-        == 0
-    )
-    ids = do("[...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert visit.asked == [] and visit.said == []
+    assert do('document.compatMode') == 'CSS1Compat'
+    assert do('document.documentElement.lang') == 'en' and len(do('document.title')) > 5
+    assert [len(visit.all(tag, 'e => 1')) for tag in ('main', 'h1', 'title')] == [1, 1, 1]
+    assert visit.all('script, iframe, object, link[rel=stylesheet]', 'e => e.tagName') == []
+    levels = visit.all('h1, h2, h3, h4, h5, h6', 'e => +e.tagName[1]')
+    assert levels[0] == 1 and all(b <= a + 1 for a, b in pairwise(levels)), levels
+    assert visit.odd('img', 'e => !e.complete || !e.naturalWidth') == 0
+    assert visit.odd('img', 'e => !(e.alt || "").trim()') == 0
+    named = 'e.textContent.trim() || (e.querySelector("img") || {}).alt'
+    assert visit.odd('a', f'e => !({named})') == 0
+    assert visit.odd('th', 'e => !e.scope || !e.textContent.trim()') == 0
+    assert visit.odd('table', 'e => !e.querySelector("th")') == 0
+    ids = visit.all('[id]', 'e => e.id')
     assert len(ids) == len(set(ids))
-    for href in do("[...document.querySelectorAll('a[href]')].map(a => a.getAttribute('href'))"):
-        if href.startswith(('http:', 'https:', 'mailto:')):
-            continue  # for the reader to follow; a page does not load it
-        part = urlsplit(href)
-        target = visit.path.parent / unquote(part.path) if part.path else visit.path
-        assert target.exists(), f'{visit.path.name} links to {href}, which is not there'
-        if part.fragment:
-            assert f'id="{unquote(part.fragment)}"' in target.read_text(), (
-                f'{visit.path.name} links to {href}, but {target.name} has no such place'
-            )
+    check_links(visit.path, visit.all('a[href]', 'e => e.getAttribute("href")'))
     first = visit.focused()
     assert first['href'] == '#main' and first['seen'] and first['outline'] != 'none', first
     visit.page.keyboard.press('Enter')
@@ -145,6 +154,10 @@ def check(visit):
         assert stop['name'] and stop['seen'] and stop['outline'] != 'none', stop
 
 
+BRIGHTNESS = """['color', 'backgroundColor'].map(name =>
+  getComputedStyle(document.body)[name].match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0))"""
+
+
 def narrow(browser, path):
     "No page is wider than a small phone, in the light or in the dark, with everything opened"
     for scheme in ('light', 'dark'):
@@ -154,9 +167,7 @@ def narrow(browser, path):
                 f'{path.name} scrolls sideways on a phone'
             )
             assert v.do('parseFloat(getComputedStyle(document.body).fontSize)') >= 16
-            ink, paper = v.do(
-                '[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor].map(c => c.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0))'
-            )
+            ink, paper = v.do(BRIGHTNESS)
             assert (ink < paper) == (scheme == 'light')
 
 
@@ -164,9 +175,9 @@ def test_the_committed_page(browser):
     path = ROOT / 'reports' / 'index.html'
     with Visit(browser, path) as v:
         check(v)
-        assert {f'{n}/{n}.html' for n in RENDERED} <= set(
-            v.do("[...document.querySelectorAll('a')].map(a => a.getAttribute('href'))")
-        )
+        links = set(v.all('a', 'e => e.getAttribute("href")'))
+        assert {f'{n}/{n}.html' for n in RENDERED} <= links
+        assert {f'lessons/{n}.html' for n in LESSONS} <= links
         details = v.page.locator('summary').first
         details.focus()
         v.page.keyboard.press('Enter')  # opened by the keyboard
@@ -174,130 +185,127 @@ def test_the_committed_page(browser):
     narrow(browser, path)
 
 
+WITHOUT_CODE = """(() => {
+  const main = document.querySelector('main').cloneNode(true);
+  main.querySelectorAll('pre, code').forEach(e => e.remove());
+  return main.textContent;
+})()"""
+
+
 @pytest.mark.parametrize('name', ['20_finetune', '46_cost'])  # with formulas, tables, figures
 def test_a_rendered_notebook(name, browser):
     path = ROOT / 'reports' / name / f'{name}.html'
     with Visit(browser, path) as v:
         check(v)
-        assert (
-            v.do(
-                "[...document.querySelectorAll('math')].filter(m => m.getBoundingClientRect().width > 0).length"
-            )
-            > 0
-        )
-        assert '$' not in v.do(
-            "(() => {const m = document.querySelector('main').cloneNode(true); m.querySelectorAll('pre, code').forEach(e => e.remove()); return m.textContent})()"
-        )
+        assert v.odd('math', 'e => e.getBoundingClientRect().width > 0') > 0
+        assert '$' not in v.do(WITHOUT_CODE)
         assert v.page.locator('details').first.evaluate('d => !d.open')
     narrow(browser, path)
+
+
+@pytest.mark.parametrize('name', ['02b_blocks', '04e_mope', '07j_pictures'])
+def test_a_lesson(name, browser):
+    path = ROOT / 'reports' / 'lessons' / f'{name}.html'
+    with Visit(browser, path) as v:
+        check(v)
+        assert v.odd('.input', 'e => e.getBoundingClientRect().width > 0') > 0
+        assert '$' not in v.do(WITHOUT_CODE)
+    narrow(browser, path)
+
+
+@pytest.mark.parametrize('name', LESSONS)
+def test_a_lesson_leads_somewhere(name):
+    bs4 = pytest.importorskip('bs4', reason="pip install 'mope_clip[dev]'")
+    path = ROOT / 'reports' / 'lessons' / f'{name}.html'
+    page = bs4.BeautifulSoup(path.read_text(encoding='utf-8'), 'html.parser')
+    check_links(path, [a['href'] for a in page.find_all('a', href=True)])
+    assert len(page.find_all('h1')) == 1
 
 
 def test_pages_are_small():
     for path in (
         ROOT / 'reports' / 'index.html',
         *(ROOT / 'reports' / n / f'{n}.html' for n in RENDERED),
+        *(ROOT / 'reports' / 'lessons' / f'{n}.html' for n in LESSONS),
     ):
         assert path.stat().st_size < KEEP, f'{path.name} is too large to commit'
 
 
+LONG = 'a_name_without_any_place_to_break_it_' * 6
+
+
+def shown(kind, data):
+    "An output of a cell"
+    return dict(output_type='display_data', metadata={}, data={kind: data})
+
+
+def wide_table():
+    "What pandas makes of thirty columns"
+    heads = ''.join(f'<th>column {i}</th>' for i in range(30))
+    return (
+        f'<table border="1" class="dataframe"><thead><tr><th></th>{heads}</tr></thead>'
+        f'<tbody><tr><th>row</th>{"<td>1.5</td>" * 30}</tr></tbody></table>'
+    )
+
+
+def hostile_cells(picture):
+    "Names that do not break, a wide formula, a wide table, and everything a cell can show"
+    formula = '$$\\text{kept} = \\frac{a}{b} ' + '+ x_1' * 60 + '$$'
+    links = 'See [data](../data/README.md), [next](60_later.ipynb), [none](50_none.ipynb), '
+    outputs = [
+        shown('image/png', base64.b64encode(picture).decode()),
+        shown('text/html', wide_table()),
+        shown('text/markdown', '- **does not hold**: $Z$'),
+        dict(output_type='stream', name='stdout', text=LONG * 3),
+        dict(output_type='stream', name='stderr', text='warned'),
+    ]
+    return [
+        prose(
+            f'# {LONG} <b>& "all"</b>\n> Purpose.\n\n{formula}\n\n'
+            f'{links}[lesson](01_lesson.ipynb). {LONG}'
+        ),
+        code("task: str = ''", ['parameters']),
+        prose(f'## {LONG}\n\n`{LONG}`'),
+        code(f"x = '{LONG * 3}'\nreport.figure(fig, 'wide_one', df)", (), outputs),
+    ]
+
+
 @pytest.fixture
-def made_up(tmp_path, monkeypatch):
-    "A small repository with hostile names: a report with everything, one with nothing, a notebook that was never run"
+def made_up(toy_repo):
+    "Hostile names: a report with everything, one with nothing, a lesson, one that was never run"
     from PIL import Image
 
     from mope_clip.data.files import png
-    from mope_clip.report.page import write_page
-    from mope_clip.report.results import Results, write_index
+    from mope_clip.report import write_index, write_page
 
-    monkeypatch.setenv('MOPE_CLIP_DATA', str(tmp_path / 'data'))
-    for d in ('data', 'nbs', 'reports/40_all', 'reports/50_none'):
-        (tmp_path / d).mkdir(parents=True)
-    (tmp_path / 'settings.ini').write_text('[DEFAULT]\n')
-    (tmp_path / 'data' / 'README.md').write_text('data')
-    picture = png(Image.new('RGB', (1600, 300), 'teal'))['bytes']
-    (tmp_path / 'reports' / '40_all' / 'wide_one.png').write_bytes(picture)
-    (tmp_path / 'reports' / '40_all' / 'wide_one.csv').write_text('a\n1\n')
-
-    def cell(kind, source, outputs=(), tags=()):
-        return dict(
-            cell_type=kind,
-            id=f'{kind}-{abs(hash(source))}',
-            metadata=dict(tags=list(tags)),
-            source=source,
-            **(dict(execution_count=1, outputs=list(outputs)) if kind == 'code' else {}),
-        )
-
-    def shown(kind, data):
-        return dict(output_type='display_data', metadata={}, data={kind: data})
-
-    long = 'a_name_without_any_place_to_break_it_' * 6
-    table = (
-        '<table border="1" class="dataframe"><thead><tr><th></th>'
-        + ''.join(f'<th>column {i}</th>' for i in range(30))
-        + '</tr></thead><tbody><tr><th>row</th>'
-        + '<td>1.5</td>' * 30
-        + '</tr></tbody></table>'
-    )
-    cells = [
-        cell(
-            'markdown',
-            f'# {long} <b>& "all"</b>\n> Purpose.\n\n$$\\text{{kept}} = \\frac{{a}}{{b}} {"+ x_1" * 60}$$\n\nSee [data](../data/README.md), [next](60_later.ipynb), [none](50_none.ipynb). {long}',
-        ),
-        cell('code', "task: str = ''", tags=['parameters']),
-        cell('markdown', f'## {long}\n\n`{long}`'),
-        cell(
-            'code',
-            f"x = '{long * 3}'\nsave_figure(fig, out, 'wide_one', df)",
-            [
-                shown('image/png', base64.b64encode(picture).decode()),
-                shown('text/html', table),
-                shown('text/markdown', '- **does not hold**: $Z$'),
-                dict(output_type='stream', name='stdout', text=long * 3),
-                dict(output_type='stream', name='stderr', text='warned'),
-            ],
-        ),
-    ]
-
-    def write(folder, name, cells):
-        (tmp_path / folder / f'{name}.ipynb').write_text(
-            json.dumps(dict(nbformat=4, nbformat_minor=5, metadata={}, cells=cells))
-        )
-
+    (toy_repo / 'data' / 'README.md').write_text('data', encoding='utf-8')
+    reports, picture = toy_repo / 'reports', png(Image.new('RGB', (1600, 300), 'teal'))['bytes']
     for folder in ('nbs', 'reports/40_all'):
-        write(folder, '40_all', cells)
+        write_notebook(toy_repo / folder / '40_all.ipynb', *hostile_cells(picture))
     for folder in ('nbs', 'reports/50_none'):
-        write(folder, '50_none', [cell('markdown', '# Nothing here')])
-    write('nbs', '60_later', [cell('markdown', '# Later & <later>\n> Not yet.')])
-    r = Results('40_all', tmp_path / 'reports' / '40_all', {})
-    for holds in (True, False, None):
-        r.claim(
-            f'c{holds}',
-            holds,
-            -12345.678,
-            f'{long} < 3',
-            f'<script>alert(1)</script> {long}',
-            -13000,
-            -12000,
-        )
-    r.rows.append(
-        dict(
-            task='toy',
-            split='test',
-            method='mope',
-            tower='both',
-            size=1,
-            stage='end',
-            seed=0,
-            metric='mean_recall',
-            value=1.0,
-            se=None,
-        )
+        write_notebook(toy_repo / folder / '50_none.ipynb', prose('# Nothing here'))
+    write_notebook(toy_repo / 'nbs' / '60_later.ipynb', prose('# Later & <later>\n> Not yet.'))
+    write_notebook(
+        toy_repo / 'nbs' / '01_lesson.ipynb',
+        code('#| default_exp lesson'),
+        prose('# A lesson\n> How <it> goes.\n\nSee [what came of it](40_all.ipynb).'),
+        code('#| export\ndef double(x):\n    return 2 * x'),
+        code('#| hide\nhidden = True'),
+        code('double(3)', (), [shown('text/html', wide_table())]),
+        prose('## Ends\n\n## Ends'),
     )
-    r.write()
-    Results('50_none', tmp_path / 'reports' / '50_none', {}).write()
+    (reports / '40_all' / 'wide_one.png').write_bytes(picture)
+    (reports / '40_all' / 'wide_one.csv').write_text('a\n1\n', encoding='utf-8')
+    found = f'<script>alert(1)</script> {LONG}'
+    claims = [
+        (f'c{holds}', holds, -12345.678, f'{LONG} < 3', found, -13000, -12000)
+        for holds in (True, False, None)
+    ]
+    write_results(reports / '40_all', '40_all', [row(stage='end')], claims)
+    write_results(reports / '50_none', '50_none')
     write_index()
     write_page()
-    return tmp_path / 'reports'
+    return reports
 
 
 def test_a_made_up_repository(made_up, browser):
@@ -305,24 +313,23 @@ def test_a_made_up_repository(made_up, browser):
         made_up / 'index.html',
         made_up / '40_all' / '40_all.html',
         made_up / '50_none' / '50_none.html',
+        made_up / 'lessons' / '01_lesson.html',
     ):
         with Visit(browser, path) as v:
             check(v)
         narrow(browser, path)
     with Visit(browser, made_up / 'index.html') as v:
         text = v.do('document.body.innerText')
-        assert (
-            '2 of 3 reports were run: 2 fresh, 0 stale' in text
-            and 'Later & <later>' in text
-            and '<script>alert(1)</script>' in text
-            and '−12,346 (−13,000 to −12,000)' in text
-        )
+        assert '2 of 3 reports were run: 2 fresh, 0 stale' in text and 'Later & <later>' in text
+        assert '<script>alert(1)</script>' in text
+        assert '-12,346 (-13,000 to -12,000)' in text.replace('\N{MINUS SIGN}', '-')
+        assert 'A lesson: How <it> goes.' in text
 
 
 def test_the_checks_see_what_they_are_for(made_up, browser):
     "A page that asks for a file elsewhere, jumps a heading or lacks a picture fails"
     path = made_up / 'index.html'
-    good = path.read_text()
+    good = path.read_text(encoding='utf-8')
     with Visit(browser, path) as v:
         check(v)
     for old, new in (
@@ -335,81 +342,60 @@ def test_the_checks_see_what_they_are_for(made_up, browser):
         ('lang="en"', ''),
     ):
         assert old in good
-        path.write_text(good.replace(old, new))
+        path.write_text(good.replace(old, new), encoding='utf-8')
         with Visit(browser, path) as v, pytest.raises(AssertionError):
             check(v)
-    path.write_text(good.replace('<footer>', '<footer><p style="width: 500px">wide</p>'))
+    path.write_text(
+        good.replace('<footer>', '<footer><p style="width: 500px">wide</p>'), encoding='utf-8'
+    )
     with pytest.raises(AssertionError, match='scrolls sideways'):
         narrow(browser, path)
 
 
+FRAME = 'from mope_clip.report import Report\n\nreport = Report(globals())'
+BODY = """from mope_clip.data.files import digest
+digest('a')
+report.claim('a', True, 1.0, 'a finding')
+{last}
+report.finish()"""
+
+
 def test_all_reports_by_one_command(tmp_path):
-    "What is missing is run in order, a failure does not stop the others, and the same command goes on"
+    "What is missing is run in order, a failure stops no other, and the same command goes on"
     for d in ('data', 'nbs', 'reports'):
         (tmp_path / d).mkdir()
-    (tmp_path / 'settings.ini').write_text('[DEFAULT]\n')
+    (tmp_path / 'settings.ini').write_text('[DEFAULT]\n', encoding='utf-8')
 
     def template(name, last):
-        code = f"from pathlib import Path\nfrom mope_clip.report import Results\nout = Path(out_dir); out.mkdir(parents=True, exist_ok=True)\nr = Results('{name}', out, {{}}); r.claim('a', True, 1., 'a rule', 'a finding')\n{last}\nr.write()"
-        cells = [dict(cell_type='markdown', id='a', metadata={}, source=f'# {name}')] + [
-            dict(
-                cell_type='code',
-                id=i,
-                metadata=dict(tags=t),
-                execution_count=None,
-                outputs=[],
-                source=s,
-            )
-            for i, t, s in (('b', ['parameters'], "out_dir: str = ''"), ('c', [], code))
-        ]
-        (tmp_path / 'nbs' / f'{name}.ipynb').write_text(
-            json.dumps(
-                dict(
-                    nbformat=4,
-                    nbformat_minor=5,
-                    metadata=dict(
-                        kernelspec=dict(name='python3', display_name='python3', language='python')
-                    ),
-                    cells=cells,
-                )
-            )
+        parameters = f"out_dir: str = ''  # of {name}"
+        cells = code(parameters, ['parameters']), code(FRAME), code(BODY.format(last=last))
+        write_notebook(tmp_path / 'nbs' / f'{name}.ipynb', prose(f'# {name}'), *cells)
+        (tmp_path / 'nbs' / f'{name}.yaml').write_text(
+            'rules: {a: {says: a rule}}\n', encoding='utf-8'
         )
 
     def do():
-        return run(
-            sys.executable,
-            '-m',
-            'mope_clip.cli',
-            'report',
-            '--all',
-            MOPE_CLIP_DATA=str(tmp_path / 'data'),
-        )
+        command = (sys.executable, '-m', 'mope_clip.cli', 'report', '--all')
+        return run(*command, MOPE_CLIP_DATA=str(tmp_path / 'data'))
 
     template('40_fails', "raise ValueError('no such data')")
     template('50_works', '')
     r = do()
-    assert (
-        r.returncode == 1
-        and '2 to run, 0 fresh' in r.stdout
-        and '40_fails: not run yet: unknown' in r.stdout
+    assert r.returncode == 1 and '2 to run, 0 fresh' in r.stdout, r.stderr[-2000:]
+    assert '40_fails: not run yet: unknown' in r.stdout
+    assert r.stderr.strip().splitlines()[-1] == (
+        'mope: 1 failed: 40_fails (ValueError: no such data). '
+        'The same command goes on with what is missing.'
     )
-    assert (
-        r.stderr.strip().splitlines()[-1]
-        == 'mope: 1 failed: 40_fails (ValueError: no such data). The same command goes on with what is missing.'
-    )
-    results = json.loads((tmp_path / 'reports' / '50_works' / 'results.json').read_text())
-    assert results['scale'] == 'full' and not (tmp_path / 'reports' / '40_fails').exists()
-    page = (tmp_path / 'reports' / 'index.html').read_text()
-    assert (
-        'a finding' in page
-        and 'mope report 40_fails' in page
-        and (tmp_path / 'reports' / '50_works' / '50_works.html').is_file()
-    )
-    before = (tmp_path / 'reports' / '50_works' / 'results.json').stat().st_mtime_ns
+    stored = tmp_path / 'reports' / '50_works' / 'results.json'
+    assert json.loads(stored.read_text(encoding='utf-8'))['scale'] == 'full'
+    assert not (tmp_path / 'reports' / '40_fails').exists()
+    page = (tmp_path / 'reports' / 'index.html').read_text(encoding='utf-8')
+    assert 'a finding' in page and 'mope report 40_fails' in page
+    assert (tmp_path / 'reports' / '50_works' / '50_works.html').is_file()
+    before = stored.stat().st_mtime_ns
     template('40_fails', '')
     r = do()
-    assert r.returncode == 0 and '1 to run, 1 fresh' in r.stdout and '50_works' not in r.stdout, (
-        r.stderr[-2000:]
-    )
-    assert before == (tmp_path / 'reports' / '50_works' / 'results.json').stat().st_mtime_ns
+    assert r.returncode == 0 and '1 to run, 1 fresh' in r.stdout, r.stderr[-2000:]
+    assert '50_works' not in r.stdout and before == stored.stat().st_mtime_ns
     assert '0 to run, 2 fresh' in do().stdout

@@ -31,27 +31,27 @@ def test_library_is_what_the_notebooks_export(tmp_path):
     )
     assert here == there
     for name in here:
-        assert (ROOT / 'mope_clip' / name).read_text() == (
+        assert (ROOT / 'mope_clip' / name).read_text(encoding='utf-8') == (
             tmp_path / 'mope_clip' / name
-        ).read_text(), f'{name} is not what its notebook exports: run nbdev_export'
+        ).read_text(encoding='utf-8'), f'{name} is not what its notebook exports: run nbdev_export'
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_is_clean(path):
-    nb = json.loads(path.read_text())
+    nb = json.loads(path.read_text(encoding='utf-8'))
     ids = [c.get('id') for c in nb['cells']]
     assert all(ids) and len(set(ids)) == len(ids), 'every cell needs an id of its own'
-    assert not re.search(r'(?<![\w.])/(?:work|tmp|home|root|Users|mnt)/', path.read_text()), (
-        'an absolute path of one machine'
-    )
+    assert not re.search(
+        r'(?<![\w.])/(?:work|tmp|home|root|Users|mnt)/', path.read_text(encoding='utf-8')
+    ), 'an absolute path of one machine'
     assert sum(len(json.dumps(c.get('outputs', []))) for c in nb['cells']) < 50_000 + 200_000 * (
         path.stem == 'index'
     ), 'outputs are too large'
 
 
 def test_readme_and_report_index_are_generated():
-    from mope_clip.report.page import write_page
-    from mope_clip.report.results import write_index, write_readme
+    from mope_clip.report import write_index, write_page
+    from mope_clip.report.readme import write_readme
 
     write_readme(check=True)
     write_index(check=True)
@@ -60,11 +60,11 @@ def test_readme_and_report_index_are_generated():
 
 def test_conda_environment_has_the_same_pins():
     pins = [
-        l
-        for l in (ROOT / 'constraints.txt').read_text().splitlines()
-        if l and not l.startswith('#')
+        line
+        for line in (ROOT / 'constraints.txt').read_text(encoding='utf-8').splitlines()
+        if line and not line.startswith('#')
     ]
     import yaml
 
-    env = yaml.safe_load((ROOT / 'environment.yml').read_text())['dependencies']
+    env = yaml.safe_load((ROOT / 'environment.yml').read_text(encoding='utf-8'))['dependencies']
     assert env[-1]['pip'] == [*pins, '-e .[all]']

@@ -48,7 +48,8 @@ def run_arguments(parser: argparse.ArgumentParser):
 @command('run', 'execute a notebook of nbs/ into runs/', run_arguments)
 def run(options: argparse.Namespace) -> str:
     "Execute a notebook into its run folder; what it prints is shown here, its headline last"
-    from mope_clip.report.results import repo_root, run_notebook, scale_parameters
+    from mope_clip.report.runner import run_notebook, scale_parameters
+    from mope_clip.report.templates import repo_root
 
     name = options.name
     parameters = {**scale_parameters(name, options.scale), **parameters_of(options)}
@@ -73,9 +74,10 @@ def report_arguments(parser: argparse.ArgumentParser):
 @command('report', 'execute a notebook of nbs/ into reports/', report_arguments)
 def report(options: argparse.Namespace) -> str:
     "One report, or all that are stale or missing, and the page over them"
-    from mope_clip.report.page import report_all, write_page
-    from mope_clip.report.results import repo_root
-    from mope_clip.report.results import report as make_report
+    from mope_clip.report.runner import report as make_report
+    from mope_clip.report.runner import report_all
+    from mope_clip.report.site import write_page
+    from mope_clip.report.templates import repo_root
 
     if not options.all:
         folder = make_report(options.name, options.scale, **parameters_of(options))
@@ -114,8 +116,7 @@ def readme_arguments(parser: argparse.ArgumentParser):
 )
 def index(options: argparse.Namespace) -> str:
     "The pages over all reports"
-    from mope_clip.report.page import write_page
-    from mope_clip.report.results import write_index
+    from mope_clip.report.site import write_index, write_page
 
     return f'{write_index()}\n{write_page()}'
 
@@ -127,7 +128,8 @@ def index(options: argparse.Namespace) -> str:
 )
 def lessons(options: argparse.Namespace):
     "Outputs of library notebooks, one after the other"
-    from mope_clip.report.results import keep_outputs, repo_root
+    from mope_clip.report.runner import keep_outputs
+    from mope_clip.report.templates import repo_root
 
     every = sorted(path.stem for path in (repo_root() / 'nbs').glob('0*.ipynb'))
     for name in options.names or every:
@@ -137,6 +139,6 @@ def lessons(options: argparse.Namespace):
 @command('readme', 'write README.md from nbs/index.ipynb', readme_arguments)
 def readme(options: argparse.Namespace) -> str:
     "The README"
-    from mope_clip.report.results import write_readme
+    from mope_clip.report.readme import write_readme
 
     return str(write_readme(options.check))
