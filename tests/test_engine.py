@@ -1,4 +1,7 @@
-"The engine equals brute force through open_clip's own forward, over a grid of architectures; several processes equal one; the killed resume."
+"""The engine equals brute force through open_clip's own forward.
+
+Over a grid of architectures; several processes equal one; the killed resume.
+"""
 
 import copy
 import os
@@ -73,14 +76,14 @@ def test_engine_equals_brute_force(name):
     for t in TOWERS:
         dense = encode(clip.model, t, task.x[t])
         inputs = LayerInputs(slim.tower(t), task.x[t], 4, 'cpu')
-        for l in range(len(slim.tower(t).blocks)):
-            feats = features_without(inputs, l, wanted, groups)
+        for layer in range(len(slim.tower(t).blocks)):
+            feats = features_without(inputs, layer, wanted, groups)
             for (m, i), f in feats.items():
-                brute = encode(
-                    without(clip.model, t, l, m, i, groups[i] if m == 'ffn' else None), t, task.x[t]
-                )
-                assert (f - brute).abs().max() < 1e-10, (t, l, m, i)
-                if m == 'head' and l == 0 and not (t == 'text' and clip.text.pool_type == 'first'):
+                neurons = groups[i] if m == 'ffn' else None
+                brute = encode(without(clip.model, t, layer, m, i, neurons), t, task.x[t])
+                assert (f - brute).abs().max() < 1e-10, (t, layer, m, i)
+                first_token = t == 'text' and clip.text.pool_type == 'first'
+                if m == 'head' and layer == 0 and not first_token:
                     assert (f - dense).abs().max() > 1e-6, 'the head does something'
 
 
@@ -92,9 +95,11 @@ def test_scores_equal_brute_force_in_float64(z):
         ScoringTask(clip, pairs, z),
     )
     dense = {t: encode(clip.model, t, task.x[t]) for t in TOWERS}
-    z_of = lambda f: (
-        contributions(z, f['vision'], f['text'][task.caption], task.owner, task.scale).mean().item()
-    )
+
+    def z_of(f):
+        parts = contributions(z, f['vision'], f['text'][task.caption], task.owner, task.scale)
+        return parts.mean().item()
+
     for r in table.sample(25, random_state=0).itertuples():
         model = without(clip.model, r.tower, r.layer, r.module, r.index, r.neurons)
         assert r.score == pytest.approx(
@@ -142,7 +147,8 @@ def test_coca_is_refused_by_name():
 
 WORKER = """
 import os, sys
-def say(line): os.write(1, (line + '\\n').encode())   # in one piece: the lines of two processes share a pipe
+# in one piece: the lines of two processes share a pipe
+def say(line): os.write(1, (line + '\\n').encode())
 from mope_clip.clip import tiny_clip
 from mope_clip.data import synth_pairs
 from mope_clip.metrics import mope
@@ -181,7 +187,8 @@ def test_two_processes_share_and_give_the_same_table(tmp_path):
 
 
 def test_two_ranks_of_torchrun_share_and_give_the_same_table(tmp_path):
-    "No collectives: the ranks claim layers from the store. `accelerate launch --cpu` silently starts one process, so the workers say that they are two"
+    "No collectives: the ranks claim layers from the store"
+    # `accelerate launch --cpu` silently starts one process, so the workers say that they are two
     (tmp_path / 'worker.py').write_text(
         WORKER.replace(
             'if len',
@@ -226,13 +233,16 @@ def test_killed_process_loses_its_layer_only(tmp_path):
 
 
 def test_finished_batches_of_a_layer_are_not_computed_again(tmp_path, monkeypatch):
-    "Killed inside a layer: what was finished is read back, the rest computed, the features the same"
+    "Killed inside a layer: what was finished is read back, the rest computed"
     import mope_clip.metrics.engine as E
 
     clip, pairs = tiny_clip(), synth_pairs(24)
     task, slim = ScoringTask(clip, pairs), prune(clip, whole_spec(clip))
     wanted, calls = [('head', 0), ('head', 1)], []
-    new = lambda: LayerInputs(slim.vision, task.x['vision'], 8, 'cpu')
+
+    def new():
+        return LayerInputs(slim.vision, task.x['vision'], 8, 'cpu')
+
     whole = features_without(new(), 0, wanted, [])
     finish = E.finish
 
@@ -253,7 +263,7 @@ def test_finished_batches_of_a_layer_are_not_computed_again(tmp_path, monkeypatc
 
 
 def test_ranks_of_a_large_gallery_take_less_than_a_gibibyte():
-    "5,000 images x 25,000 captions at width 512, beyond the embeddings, as the operating system sees it"
+    "5,000 images x 25,000 captions at width 512, beyond the embeddings, as the system sees it"
     code = """
 import re, torch
 from pathlib import Path

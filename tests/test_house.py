@@ -1,4 +1,4 @@
-"The shape of the house: parts in order, one way of imports, open_clip's names in one part, pages in one form."
+"The house: parts in order, imports one way, open_clip's names in one part, pages in one form."
 
 import ast
 import json

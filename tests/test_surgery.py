@@ -1,4 +1,7 @@
-"Removed equals masked, for every architecture of the grid and random uneven specifications, before and after a step of training."
+"""Removed equals masked, before and after a step of training.
+
+For every architecture of the grid, and random uneven specifications.
+"""
 
 import numpy as np
 import pytest
@@ -14,18 +17,22 @@ from mope_clip.evaluate import cost, images_of, spec_cost
 from mope_clip.pruners import masked
 
 
+def subset(draw, n):
+    "Some of n places, in order"
+    order = np.random.default_rng(draw(st.integers(0, 2**31))).permutation(n)
+    return sorted(order[: draw(st.integers(0, n))].tolist())
+
+
 @st.composite
 def specs(draw, shape):
     "Any part of each layer, nothing included, of any layers but none"
     out = {}
     for t, layers in shape.items():
         stay = draw(st.sets(st.integers(0, len(layers) - 1), min_size=1))
-        subset = lambda n: sorted(
-            np.random.default_rng(draw(st.integers(0, 2**31)))
-            .permutation(n)[: draw(st.integers(0, n))]
-            .tolist()
-        )
-        out[t] = {l: dict(heads=subset(layers[l][0]), neurons=subset(layers[l][1])) for l in stay}
+        out[t] = {
+            k: dict(heads=subset(draw, layers[k][0]), neurons=subset(draw, layers[k][1]))
+            for k in stay
+        }
     return PruneSpec(**out, base=whole_spec(shape).base)
 
 
@@ -51,7 +58,7 @@ def as_weights(clip):
     "A copy whose weights are the gradients: what is cut from it is the gradient of what is left"
     out = clip.copy()
     with torch.no_grad():
-        for (n, p), q in zip(out.model.named_parameters(), clip.model.parameters()):
+        for p, q in zip(out.model.parameters(), clip.model.parameters(), strict=True):
             p.copy_(torch.zeros_like(p) if q.grad is None else q.grad)
     return out
 
@@ -63,7 +70,7 @@ def embeddings(clip, images, ids):
 
 def close(a, b):
     "To 1e-5 in single precision, to 1e-9 in double"
-    for x, y in zip(a, b):
+    for x, y in zip(a, b, strict=True):
         assert (x - y).abs().max() <= (1e-5 if x.dtype == torch.float32 else 1e-9) * max(
             1, y.abs().max()
         ), (x - y).abs().max()
@@ -87,9 +94,8 @@ def test_removed_equals_masked_before_and_after_a_step(name, pairs, data):
         embeddings(prune(single, spec), *batch(single, pairs)),
         embeddings(masked(single, spec), *batch(single, pairs)),
     )
-    images, ids = batch(
-        clip, pairs
-    )  # a step multiplies rounding, so the rest is in double precision
+    # a step multiplies rounding, so the rest is in double precision
+    images, ids = batch(clip, pairs)
     before = embeddings(clip, images, ids)
     small, same_size = prune(clip, spec), masked(clip, spec)
     close(embeddings(small, images, ids), embeddings(same_size, images, ids))
@@ -101,7 +107,7 @@ def test_removed_equals_masked_before_and_after_a_step(name, pairs, data):
     for c in (small, same_size):
         learn(c, images, ids)
     cut = prune(as_weights(same_size), spec)
-    for (n, p), g in zip(small.model.named_parameters(), cut.model.parameters()):
+    for (n, p), g in zip(small.model.named_parameters(), cut.model.parameters(), strict=True):
         got = torch.zeros_like(p) if p.grad is None else p.grad
         assert (got - g).abs().max() <= 1e-9 * max(1, g.abs().max()) if g.numel() else True, n
     with torch.no_grad():
@@ -109,7 +115,7 @@ def test_removed_equals_masked_before_and_after_a_step(name, pairs, data):
             for p in c.model.parameters():
                 p -= 0.05 * (0 if p.grad is None else p.grad)
     close(embeddings(small, images, ids), embeddings(masked(same_size, spec), images, ids))
-    for a, b in zip(embeddings(clip, images, ids), before):
+    for a, b in zip(embeddings(clip, images, ids), before, strict=True):
         assert torch.equal(a, b)  # the original is as it was
 
 
@@ -118,8 +124,8 @@ def test_gradients_flow_to_all_that_is_left(name, pairs):
     clip = model_of(name)
     spec = whole_spec(clip)
     for layers in (spec.vision, spec.text):
-        for l, kept in layers.items():
-            kept['heads'], kept['neurons'] = kept['heads'][l % 2 :: 2], kept['neurons'][::3]
+        for layer, kept in layers.items():
+            kept['heads'], kept['neurons'] = kept['heads'][layer % 2 :: 2], kept['neurons'][::3]
     small = prune(clip, spec)
     learn(small, *batch(small, pairs))
     for n, p in small.model.named_parameters():
@@ -139,8 +145,8 @@ def test_two_steps_are_one_specification(data):
     both = compose(first, second)
     assert relative(first, both) == second
     assert all(
-        set(v) <= set(getattr(first, t)[l][k])
+        set(v) <= set(getattr(first, t)[layer][k])
         for t in TOWERS
-        for l, kept in getattr(both, t).items()
+        for layer, kept in getattr(both, t).items()
         for k, v in kept.items()
     )
