@@ -32,10 +32,16 @@ class World:
         "Whether this is the process that speaks and writes"
         return self.rank == 0
 
-    def mean(self, x: torch.Tensor) -> torch.Tensor:
-        "The mean over processes, of a tensor of any shape; changed in place"
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        "The sum over processes, of a tensor of any shape; changed in place"
         if self.size > 1:
             dist.all_reduce(x)
+        return x
+
+    def mean(self, x: torch.Tensor) -> torch.Tensor:
+        "The mean over processes, of a tensor of any shape; changed in place"
+        self.sum(x)
+        if self.size > 1:
             x /= self.size
         return x
 

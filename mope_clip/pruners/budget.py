@@ -127,7 +127,7 @@ def plan(
     multiples: tuple = (1, 1),  # see `plan_width`
     embeddings: bool = True,  # whether token embeddings count as parameters
     batch: int = 32,  # images and captions, for latency
-    log: Callable = print,  # is told what the plan will cost
+    log: Callable | None = print,  # is told what the plan will cost
 ) -> PruneSpec:  # by position in `clip`
     "The widest model within one of four budgets; `ValueError` where even the smallest exceeds it"
     given = one_budget(keep=keep, params=params, macs=macs, latency=latency)
@@ -155,5 +155,6 @@ def plan(
         multiples=list(multiples),
         embeddings=embeddings,
     )
-    log(say_cost(clip, spec))
+    if log:
+        log(say_cost(clip, spec))
     return spec
