@@ -207,7 +207,7 @@ def test_the_sizes_of_a_kind_do_not_overlap_and_every_sprite_has_a_use():
         assert max(small) < min(large)
     used = {side for kind in KINDS.values() for sides in kind.sizes.values() for side in sides}
     assert used == {*SPRITE_SIDES}
-    things = [np.mean(KINDS[name].counts) for name in RETRIEVAL_TASKS]
+    things = [np.mean(KINDS[name].counts) for name in ('openmoji', 'openmoji-street')]
     assert things == [16 / 7, 3]
 
 
@@ -488,8 +488,8 @@ def test_the_seed_decides_five_captions(task):
 
 
 def test_the_tasks_are_told_apart_by_what_they_are_for():
-    assert RETRIEVAL_TASKS == ('openmoji', 'openmoji-street')
-    assert (*RETRIEVAL_TASKS, *PRETRAINING_TASKS) == tuple(TASKS)
+    assert RETRIEVAL_TASKS[:2] == ('openmoji', 'openmoji-street')
+    assert {*RETRIEVAL_TASKS, *PRETRAINING_TASKS} == {*TASKS}
 
 
 def test_a_task_is_added_by_one_entry(monkeypatch):
@@ -554,9 +554,9 @@ def test_no_picture_comes_up_twice_in_splits_or_tasks():
         return {hashlib.sha256(image).hexdigest() for image in images}
 
     pictures = {(t, split): hashes(t, split) for t in RETRIEVAL_TASKS for split in SPLITS}
-    assert [len(found) for found in pictures.values()] == [300] * 6
-    assert len(set.union(*pictures.values())) == 300 * 6
-    tested = pictures['openmoji', 'test'] | pictures['openmoji-street', 'test']
+    assert [len(found) for found in pictures.values()] == [300] * len(pictures)
+    assert len(set.union(*pictures.values())) == 300 * len(pictures)
+    tested = set.union(*(pictures[task, 'test'] for task in RETRIEVAL_TASKS))
     for task in PRETRAINING_TASKS:
         assert hashes(task, 'train').isdisjoint(tested)
 

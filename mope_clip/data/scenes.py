@@ -48,7 +48,7 @@ class Task:
     captions: Callable  # (generator, ground, things) -> five sentences
     pretraining: bool = False  # part of the corpus, which lacks some grounds and pairs of concepts
 
-# %% ../../nbs/01g_scenes.ipynb #f1ce5355
+# %% ../../nbs/01g_scenes.ipynb #a6f02233
 def _corpus_kinds(name: str) -> tuple:
     "Two cards for each street, of all sizes"
     card = SceneKind(
@@ -106,6 +106,8 @@ TASKS: dict[str, Task] = {
     'openmoji-looks': Task(_corpus_kinds('looks'), looks_captions, pretraining=True),
     'openmoji-places': Task((_PLACES,) * 3, places_captions, pretraining=True),
 }
+
+# %% ../../nbs/01g_scenes.ipynb #8303cdc9
 RETRIEVAL_TASKS = tuple(name for name, task in TASKS.items() if not task.pretraining)
 PRETRAINING_TASKS = tuple(name for name, task in TASKS.items() if task.pretraining)
 
