@@ -54,7 +54,9 @@ def test_the_package_itself_imports_no_library():
 
 def test_help_names_every_command():
     text = mope('--help')[1]
-    names = 'run report index lessons readme score prune distill evaluate export'.split()
+    names = (
+        'run report index lessons readme score prune distill evaluate export repair search'
+    ).split()
     assert list(COMMANDS) == names and all(name in text for name in names)
 
 
@@ -189,12 +191,12 @@ def raising(error):
     ],
 )
 def test_what_a_reader_can_put_right_is_one_sentence(error, monkeypatch):
-    monkeypatch.setattr('mope_clip.report.results.report', raising(error))
+    monkeypatch.setattr('mope_clip.report.runner.report', raising(error))
     assert mope('report', '20_finetune') == (1, '', f'mope: {error}\n')
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr('mope_clip.report.results.report', raising(ZeroDivisionError('a mistake')))
+    monkeypatch.setattr('mope_clip.report.runner.report', raising(ZeroDivisionError('a mistake')))
     with pytest.raises(ZeroDivisionError):
         mope('report', '20_finetune')
 
@@ -400,13 +402,13 @@ def asked(monkeypatch, tmp_path):
         print('recall 61.5\nmodel: here', file=stdout)
         return out
 
-    monkeypatch.setattr('mope_clip.report.results.run_notebook', stand_in)
+    monkeypatch.setattr('mope_clip.report.runner.run_notebook', stand_in)
     return asked
 
 
 def test_a_run_says_its_place_first_and_its_headline_last(asked, tmp_path, monkeypatch):
-    monkeypatch.setattr('mope_clip.report.results.scale_parameters', lambda name, scale: {})
-    monkeypatch.setattr('mope_clip.report.results.repo_root', lambda: tmp_path)
+    monkeypatch.setattr('mope_clip.report.runner.scale_parameters', lambda name, scale: {})
+    monkeypatch.setattr('mope_clip.report.templates.repo_root', lambda: tmp_path)
     lines = done('run 20_finetune -p task coco').splitlines()
     place = tmp_path / 'runs' / '20_finetune-coco' / '20_finetune.ipynb'
     assert lines[0] == f'Running 20_finetune; the executed notebook will be {place}'
@@ -437,10 +439,12 @@ def called(monkeypatch):
 
         monkeypatch.setattr(f'mope_clip.report.{place}.{name}', call)
 
-    for name in ('report', 'write_index', 'write_readme', 'keep_outputs'):
-        note('results', name)
-    note('page', 'write_page')
-    note('page', 'report_all', {})
+    note('runner', 'report')
+    note('runner', 'keep_outputs')
+    note('runner', 'report_all', {})
+    note('site', 'write_index')
+    note('site', 'write_page')
+    note('readme', 'write_readme')
     return called
 
 
