@@ -1463,6 +1463,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mope_clip.report.gpu.pixels_of_224': ('gpu.html#pixels_of_224', 'mope_clip/report/gpu.py'),
                                       'mope_clip.report.gpu.plain': ('gpu.html#plain', 'mope_clip/report/gpu.py'),
                                       'mope_clip.report.gpu.ready_pairs': ('gpu.html#ready_pairs', 'mope_clip/report/gpu.py'),
+                                      'mope_clip.report.gpu.recorded': ('gpu.html#recorded', 'mope_clip/report/gpu.py'),
                                       'mope_clip.report.gpu.repairing': ('gpu.html#repairing', 'mope_clip/report/gpu.py'),
                                       'mope_clip.report.gpu.retrieval_ranks': ('gpu.html#retrieval_ranks', 'mope_clip/report/gpu.py'),
                                       'mope_clip.report.gpu.right': ('gpu.html#right', 'mope_clip/report/gpu.py'),
