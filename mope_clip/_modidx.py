@@ -327,6 +327,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'mope_clip.clip.spec.PruneSpec.__post_init__': ( 'spec.html#prunespec.__post_init__',
                                                                                       'mope_clip/clip/spec.py'),
                                      'mope_clip.clip.spec.PruneSpec.checked': ('spec.html#prunespec.checked', 'mope_clip/clip/spec.py'),
+                                     'mope_clip.clip.spec.PruneSpec.layers': ('spec.html#prunespec.layers', 'mope_clip/clip/spec.py'),
                                      'mope_clip.clip.spec.all_of': ('spec.html#all_of', 'mope_clip/clip/spec.py'),
                                      'mope_clip.clip.spec.as_index': ('spec.html#as_index', 'mope_clip/clip/spec.py'),
                                      'mope_clip.clip.spec.both': ('spec.html#both', 'mope_clip/clip/spec.py'),

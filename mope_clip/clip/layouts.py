@@ -15,7 +15,7 @@ from .convert import mlp_ratio
 from .model import Clip, build_clip, check_fits, prune, shape_of, whole_spec
 from .spec import TOWERS, PruneSpec
 
-# %% ../../nbs/02l_layouts.ipynb #4b45b085
+# %% ../../nbs/02l_layouts.ipynb #2e956542
 @torch.no_grad()
 def masked(
     clip: Clip,
@@ -26,7 +26,7 @@ def masked(
     copy = prune(clip, whole_spec(clip))
     for tower in TOWERS:
         kept = getattr(spec, tower)
-        for layer, block in enumerate(copy.tower(tower).blocks):
+        for layer, block in enumerate(copy.tower(tower).stages):
             if layer in kept:
                 block.silence_units(kept[layer]['heads'], kept[layer]['neurons'])
             else:

@@ -129,7 +129,7 @@ def check_base(
             f"'neurons', not {sizes}."
         )
 
-# %% ../../nbs/02a_spec.ipynb #5c6fcb11
+# %% ../../nbs/02a_spec.ipynb #e9a0cbe2
 def number_or_text(value: object) -> object:
     "A number of NumPy or PyTorch as one of Python, anything else as text"
     return value.item() if hasattr(value, 'item') else str(value)
@@ -165,6 +165,10 @@ class PruneSpec:
     def checked(self) -> 'PruneSpec':
         "The same, checked again, since its dicts may have been changed"
         return PruneSpec(self.vision, self.text, self.base, self.provenance)
+
+    def layers(self, tower: str) -> list:
+        "The layers that a tower keeps, in order, its pooler aside"
+        return [layer for layer in getattr(self, tower) if layer < self.base[tower]['layers']]
 
 # %% ../../nbs/02a_spec.ipynb #f7f4e00f
 def keep_count(
