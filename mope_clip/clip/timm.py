@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['KNOWN', 'ATTENTIONS', 'POOLS', 'counted_macs', 'TimmVision', 'not_known', 'timm_tower', 'is_timm_transformer']
 
-# %% ../../nbs/02db_timm.ipynb #e369b3be
-from copy import deepcopy
+# %% ../../nbs/02db_timm.ipynb #2b2aa720
 from functools import cached_property
 
 import torch
@@ -14,22 +13,25 @@ import torch.nn as nn
 from open_clip.timm_model import TimmModel
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from .blocks import Block, Tower
 from .families import FAMILIES
 from .timm_blocks import READING, MapPooler, PostNormBlock, TimmBlock
 
-# %% ../../nbs/02db_timm.ipynb #22bc5418
+# %% ../../nbs/02db_timm.ipynb #b227e3e3
 @torch.no_grad()
 def counted_macs(
     module: nn.Module,
-    *inputs: torch.Tensor,  # of one item
+    item: torch.Tensor,  # one image (1, 3, s, s)
 ) -> int:
-    "Multiply-accumulates of a module, counted by PyTorch on a copy without memory"
-    copy = deepcopy(module).to('meta').eval()
+    "Multiply-accumulates of a module, counted by PyTorch without computing anything"
+    held = [*module.named_parameters(), *module.named_buffers()]
+    shapes = {name: torch.empty_like(x, device='meta') for name, x in held}
+    dtype = next(module.parameters()).dtype
     with FlopCounterMode(display=False) as counter:
-        copy(*(x.to('meta') for x in inputs))
+        functional_call(module, shapes, (item.to('meta', dtype),))
     return counter.get_total_flops() // 2
 
 # %% ../../nbs/02db_timm.ipynb #b2c7ca6b

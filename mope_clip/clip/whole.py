@@ -5,16 +5,19 @@
 # %% auto #0
 __all__ = ['WholeTower', 'WholeVision', 'sides_of', 'WholeText', 'whole_tower']
 
-# %% ../../nbs/02dc_whole.ipynb #bd51cb3a
+# %% ../../nbs/02dc_whole.ipynb #078fc7be
+from functools import cached_property
+
 import torch
 import torch.nn as nn
 from open_clip.hf_model import HFTextEncoder
+from torch.utils.flop_counter import FlopCounterMode
 
 from .blocks import Tower
 from .families import FAMILIES
 from .timm import counted_macs
 
-# %% ../../nbs/02dc_whole.ipynb #158a4a4f
+# %% ../../nbs/02dc_whole.ipynb #d95981d6
 class WholeTower(Tower):
     "A tower that nothing can be removed from"
 
@@ -46,8 +49,13 @@ class WholeTower(Tower):
     def trim(self, x):
         return x
 
+    @cached_property
+    def counted(self) -> int:
+        "Multiply-accumulates of an image or a caption"
+        raise NotImplementedError
+
     def stem_macs(self, tokens):
-        return counted_macs(self, self.noise(1))
+        return self.counted
 
     def signature(self):
         return [self.kept_whole]
@@ -65,8 +73,12 @@ class WholeVision(WholeTower):
     tokens = 1  # of an image, for who counts them
     image_size = property(lambda self: self.net.image_size)
 
+    @cached_property
+    def counted(self):
+        return counted_macs(self.net, self.noise(1))
+
     def noise(self, n, generator=None):
-        return torch.randn(n, 3, *torch.Size(sides_of(self.image_size)), generator=generator)
+        return torch.randn(n, 3, *sides_of(self.image_size), generator=generator)
 
 
 def sides_of(image_size: int | tuple) -> tuple:
@@ -81,6 +93,14 @@ class WholeText(WholeTower):
     tokens = 77  # of a caption, as open_clip's tokenizers cut it
 
     token_table = property(lambda self: self.net.transformer.get_input_embeddings().weight)
+
+    @cached_property
+    def counted(self):
+        # really computed: whether padding is masked depends on values
+        ids = self.noise(1).to(self.token_table.device)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self.net(ids)
+        return counter.get_total_flops() // 2
 
     def lengths(self, ids):
         return torch.full((len(ids),), ids.shape[1], device=ids.device)
