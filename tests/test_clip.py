@@ -419,9 +419,7 @@ def variant(tower, **options):
 @pytest.mark.parametrize(
     ('tower', 'options', 'sentence'),
     [
-        ('vision', dict(attentional_pool=True), 'vision tower pools by attention'),
-        ('text', dict(embed_cls=True), 'text tower pools by attention or by an appended class'),
-        ('vision', dict(layers=[1, 1, 1, 1], width=8), 'vision tower is a ModifiedResNet'),
+        ('vision', dict(attentional_pool='parallel'), 'vision tower pools by two poolers'),
         ('vision', dict(scaled_cosine_attn=True), 'scaled_cosine_attn is not supported'),
     ],
 )

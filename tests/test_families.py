@@ -371,7 +371,7 @@ def test_a_tower_without_blocks_stays_whole_and_is_refused_by_name(zoo, name):
     assert cost(small)['macs'] < cost(clip)['macs']
     kept = small.tower(whole).state_dict()
     assert all(torch.equal(kept[key], x) for key, x in clip.tower(whole).state_dict().items())
-    kind in repr(small)
+    assert kind in repr(small)
 
 
 def test_coca_generates_no_captions(zoo):

@@ -117,7 +117,10 @@ def small_config(name: str) -> dict:
     "The configuration of an open_clip model in small"
     full = open_clip.get_model_config(name)
     cfg = copy.deepcopy(full)
-    cfg['vision_cfg'], cfg['text_cfg'] = small_vision(full['vision_cfg']), small_text(full['text_cfg'])
+    cfg['vision_cfg'], cfg['text_cfg'] = (
+        small_vision(full['vision_cfg']),
+        small_text(full['text_cfg']),
+    )
     cfg['embed_dim'] = 32
     if 'multimodal_cfg' in cfg:
         cfg['multimodal_cfg'] |= dict(
@@ -132,7 +135,7 @@ def small_clip(name: str, seed: int = 1):
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         for parameter_name, p in clip.model.named_parameters():
-            if p.ndim < 2 and 'logit' not in parameter_name or 'gamma' in parameter_name:
+            if (p.ndim < 2 and 'logit' not in parameter_name) or 'gamma' in parameter_name:
                 p.add_(0.1 * torch.randn_like(p))  # so that biases, norms and scales matter
             elif p.ndim == 2 and 'trunk' in parameter_name:
                 p.normal_(std=p.shape[1] ** -0.5)  # timm starts so near zero that nothing matters

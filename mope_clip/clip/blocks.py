@@ -217,7 +217,7 @@ class Block(nn.Module):
         "Itself, its attention turned in place into one operator of ONNX where that is the same"
         return self
 
-# %% ../../nbs/02b_blocks.ipynb #653063f5
+# %% ../../nbs/02b_blocks.ipynb #71d68698
 class Tower(nn.Module):
     "One tower of a model as embed -> blocks -> pool, sharing its parameters"
 
@@ -227,6 +227,7 @@ class Tower(nn.Module):
     image_size: tuple  # of the vision tower: height and width in pixels
     trims = False  # whether captions may be cut behind the token that is pooled
     pooler = None  # a `Block` that pools by attention, scored and pruned like the others
+    fixed_shape = False  # whether its configuration has one shape: a name of another library
     kept_whole = ''  # why nothing can be removed from it; such a tower has no blocks
 
     @property

@@ -6,7 +6,7 @@
 __all__ = ['layers_of', 'base_of', 'Clip', 'shape_of', 'whole_spec', 'poolers', 'check_fits', 'prune', 'weights_hash', 'class_of',
            'build_clip']
 
-# %% ../../nbs/02g_model.ipynb #da576a86
+# %% ../../nbs/02g_model.ipynb #a2435c84
 import hashlib
 from copy import deepcopy
 from pathlib import Path
@@ -20,6 +20,7 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from .blocks import Tower
 from .families import towers_of
 from .spec import TOWERS, PruneSpec, compose, full_spec
+from .whole import at_hand
 
 # %% ../../nbs/02g_model.ipynb #0369e4c3
 def layers_of(
@@ -225,7 +226,7 @@ def weights_hash(clip: Clip) -> str:  # 16 hex digits
         digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/02g_model.ipynb #f379efa5
+# %% ../../nbs/02g_model.ipynb #0b15ed5b
 def class_of(
     model_cfg: dict,  # open_clip's
 ) -> type:
@@ -237,15 +238,14 @@ def class_of(
 
 
 def build_clip(
-    config: dict,  # {'model_cfg': open_clip's, 'preprocess_cfg': {...}, 'name': ...}
+    config: dict,  # {'model_cfg': open_clip's, 'preprocess_cfg', 'name', perhaps 'hf_text'}
     tokenizer,
     seed: int = 0,  # of the random weights
 ) -> Clip:
     "A dense model of a configuration with random weights"
-    model_cfg = deepcopy(config['model_cfg'])
-    kind = class_of(model_cfg)
-    model_cfg.pop('custom_text', None)
-    with torch.random.fork_rng():
+    kind = class_of(config['model_cfg'])
+    with at_hand(config['model_cfg'], config.get('hf_text')) as model_cfg, torch.random.fork_rng():
+        model_cfg.pop('custom_text', None)
         torch.manual_seed(seed)
         model = kind(**model_cfg)
     prepared = {k: v for k, v in (config.get('preprocess_cfg') or {}).items() if k != 'size'}

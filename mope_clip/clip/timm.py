@@ -34,11 +34,12 @@ def counted_macs(
         functional_call(module, shapes, (item.to('meta', dtype),))
     return counter.get_total_flops() // 2
 
-# %% ../../nbs/02db_timm.ipynb #b2c7ca6b
+# %% ../../nbs/02db_timm.ipynb #00190270
 class TimmVision(Tower):
     "A vision transformer of timm inside open_clip"
 
     name = 'vision'
+    fixed_shape = True
 
     def __init__(self, net: TimmModel):
         super().__init__()
