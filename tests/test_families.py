@@ -4,12 +4,15 @@ A family is one configuration of open_clip with random weights, shrunk by `zoo`.
 """
 
 import copy
+from unittest import mock
 
+import open_clip
 import pytest
 import torch
+import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from zoo import in_small, small_clip
+from zoo import WORDS, in_small, small_clip, small_config
 
 from mope_clip.clip import (
     TOWERS,
@@ -19,9 +22,12 @@ from mope_clip.clip import (
     load_clip,
     prune,
     relative,
+    save_open_clip,
     shape_of,
     whole_spec,
 )
+from mope_clip.clip.model import class_of
+from mope_clip.clip.whole import at_hand
 from mope_clip.data import synth_pairs
 from mope_clip.distill import distill
 from mope_clip.evaluate import cost, spec_cost
@@ -29,7 +35,15 @@ from mope_clip.metrics import activation, fisher, magnitude, mope, mope_plain, r
 from mope_clip.metrics.engine import LayerInputs, features_without
 from mope_clip.metrics.mope import without_module
 from mope_clip.metrics.z import ScoringTask
-from mope_clip.pruners import export_onnx, masked, plan, plan_depth, plan_width
+from mope_clip.pruners import (
+    export_hf,
+    export_onnx,
+    export_open_clip,
+    masked,
+    plan,
+    plan_depth,
+    plan_width,
+)
 
 WITH_POOLER = ('ViT-B-16-SigLIP', 'PE-Core-B-16', 'PE-Core-bigG-14-448')
 CUT = (  # heads, neurons and layers may go
@@ -57,15 +71,17 @@ ONE_TOWER = dict(  # the tower that stays whole, and its class
 @pytest.fixture(scope='module')
 def zoo():
     "Small models by name, made once; inside, no hub is asked"
-    made = {}
+    made, threads = {}, torch.get_num_threads()
+    torch.set_num_threads(1)  # several are slower where everything is this small
+
+    def get(name):
+        if name not in made:
+            made[name] = small_clip(name)
+        return made[name]
+
     with in_small():
-
-        def get(name):
-            if name not in made:
-                made[name] = small_clip(name)
-            return made[name]
-
         yield get
+    torch.set_num_threads(threads)
 
 
 def theirs(clip, tower, x):
@@ -316,6 +332,58 @@ def test_a_pruned_model_is_saved_and_read_bit_for_bit(zoo, name, tmp_path):
     back = load_clip(tmp_path / 'saved', device='cpu')
     assert back.spec == small.spec and shape_of(back) == shape_of(small)
     near(embeddings(back), embeddings(small), by=0)
+
+
+@pytest.mark.parametrize('name', [*CUT, *LAYERS_ONLY, *ONE_TOWER])
+def test_a_checkpoint_of_open_clip_is_read_by_its_name(zoo, name, tmp_path, monkeypatch):
+    config = small_config(name)
+    monkeypatch.setattr(open_clip, 'get_model_config', lambda name: config['model_cfg'])
+    monkeypatch.setattr(open_clip, 'get_tokenizer', lambda name: WORDS.tokenizer)
+    with at_hand(config['model_cfg'], None) as cfg:
+        cfg.pop('custom_text', None)
+        model = class_of(config['model_cfg'])(**cfg).eval()
+    state = {f'module.{key}': x for key, x in model.state_dict().items()}
+    torch.save(dict(epoch=3, state_dict=state), tmp_path / 'epoch_3.pt')
+    clip = load_clip(name, tmp_path / 'epoch_3.pt', device='cpu')
+    own = clip.model.state_dict()
+    left_out = {key for key in model.state_dict() if key.startswith('text_decoder.')}
+    assert set(own) == set(model.state_dict()) - left_out
+    assert all(torch.equal(own[key], x) for key, x in model.state_dict().items() if key in own)
+
+
+def test_a_text_tower_of_hugging_face_is_read_without_asking_the_hub(zoo, tmp_path):
+    clip = zoo('roberta-ViT-B-32').copy()
+    clip.model.float()
+    clip.save(tmp_path / 'saved')
+    read = transformers.AutoConfig.from_pretrained
+    asked = []
+
+    def watched(place, *args, **options):
+        asked.append(place)
+        return read(place, *args, **options)
+
+    with mock.patch.object(transformers.AutoConfig, 'from_pretrained', watched):
+        back = load_clip(tmp_path / 'saved', device='cpu')
+    assert asked and not [place for place in asked if 'roberta' in str(place)]
+    near(embeddings(back), embeddings(clip), by=0)
+
+
+def test_what_a_format_cannot_hold_is_said(zoo, tmp_path):
+    siglip = zoo('ViT-B-16-SigLIP').copy()
+    siglip.model.float()
+    export_open_clip(siglip, tmp_path / 'whole')  # nothing has gone
+    model, _, _ = open_clip.create_model_and_transforms(f'local-dir:{tmp_path / "whole"}')
+    images = siglip.vision.noise(2)
+    near([model.encode_image(images)], [siglip.encode_image(images)], by=1e-6)
+    with pytest.raises(ValueError, match='heads'):
+        export_open_clip(prune(siglip, uneven(siglip)), tmp_path / 'cut')
+    with pytest.raises(ValueError, match='one of timm'):
+        export_open_clip(prune(siglip, uneven(siglip)), tmp_path / 'cut', pad=True)
+    with pytest.raises(ValueError, match='timm_model_name'):
+        export_hf(siglip, tmp_path / 'hf')
+    coca = zoo('coca_ViT-B-32')
+    with pytest.raises(ValueError, match='decoder'):
+        save_open_clip(coca, tmp_path / 'coca')
 
 
 def test_a_specification_without_a_pooler_is_read_as_before():

@@ -43,6 +43,21 @@ HF_M2M = dict(
     encoder_ffn_dim=64,
     decoder_ffn_dim=64,
 )
+HF_REAL = {  # as the hub says, for who wants the real sizes
+    'roberta-base': lambda: transformers.RobertaConfig(vocab_size=50265),
+    'xlm-roberta-base': lambda: transformers.XLMRobertaConfig(vocab_size=250002),
+    'xlm-roberta-large': lambda: transformers.XLMRobertaConfig(
+        vocab_size=250002,
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+    ),
+    'facebook/nllb-200-distilled-600M': lambda: transformers.M2M100Config(vocab_size=256206),
+    'facebook/nllb-200-distilled-1.3B': lambda: transformers.M2M100Config(
+        vocab_size=256206, encoder_layers=24, encoder_ffn_dim=8192
+    ),
+}
 
 
 def of_vitamin() -> dict:
