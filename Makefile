@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: finetune test reports clean
+.PHONY: finetune test reports families clean
 
 finetune: $(STAMP)
 	$(BIN)/python -m mope_clip.cli run 20_finetune -p task $(TASK)
@@ -22,6 +22,10 @@ $(STAMP): settings.ini constraints.txt setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[all]'
 	touch $(STAMP)
+
+# what of every pretrained tag of the installed open_clip can be compressed, into data/families.csv (some minutes)
+families: $(STAMP)
+	$(BIN)/python tests/families_table.py
 
 clean:
 	rm -rf runs data/cache build *.egg-info

@@ -35,7 +35,7 @@ from mope_clip.clip import (
 from mope_clip.clip.attention import SlimAttention
 from mope_clip.clip.blocks import empty_linear, take
 from mope_clip.clip.families import NativeBlock, towers_of
-from mope_clip.clip.model import dense_shape
+from mope_clip.clip.model import base_of
 from mope_clip.clip.spec import full_spec
 
 BASE = {t: dict(layers=n, heads=4, neurons=128) for t, n in (('vision', 3), ('text', 2))}
@@ -419,9 +419,7 @@ def variant(tower, **options):
 @pytest.mark.parametrize(
     ('tower', 'options', 'sentence'),
     [
-        ('vision', dict(attentional_pool=True), 'vision tower pools by attention'),
-        ('text', dict(embed_cls=True), 'text tower pools by attention or by an appended class'),
-        ('vision', dict(layers=[1, 1, 1, 1], width=8), 'vision tower is a ModifiedResNet'),
+        ('vision', dict(attentional_pool='parallel'), 'vision tower pools by two poolers'),
         ('vision', dict(scaled_cosine_attn=True), 'scaled_cosine_attn is not supported'),
     ],
 )
@@ -535,7 +533,7 @@ def test_a_clip_made_of_a_model_of_open_clip_knows_all_of_it():
     model = open_clip.CLIP(**deepcopy(MODEL_CFG)).eval()
     clip = Clip(model, None, None, CONFIG)
     assert clip.spec == full_spec(BASE)
-    assert dense_shape(clip.text) == dict(layers=2, heads=4, neurons=128)
+    assert base_of(shape_of(clip)['text']) == dict(layers=2, heads=4, neurons=128)
 
 
 def test_a_copy_shares_nothing(clip):

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from conftest import GRID, ROOT, model_of, run
 
-from mope_clip.clip import TOWERS, build_clip, prune, tiny_clip, whole_spec
+from mope_clip.clip import TOWERS, prune, tiny_clip, whole_spec
 from mope_clip.data import synth_pairs
 from mope_clip.metrics import mope
 from mope_clip.metrics.engine import LayerInputs, features_without
@@ -109,7 +109,6 @@ def test_scores_equal_brute_force_in_float64(z):
 
 
 REFUSED = dict(
-    attentional_pooling=(dict(attentional_pool=True), {}, 'attention'),
     scaled_cosine=(dict(block_type='custom', scaled_cosine_attn=True), {}, 'scaled_cosine_attn'),
     scale_attn_inner=(dict(block_type='custom', scale_attn_inner=True), {}, 'scale_attn_inner'),
     scale_fc=({}, dict(block_type='custom', scale_fc=True), 'scale_fc'),
@@ -133,16 +132,6 @@ def test_norms_across_heads_and_neurons_allow_layers():
     del GRID['inner']
     clip.model.float()
     assert len(mope(clip, synth_pairs(6), modules=('layer', 'attn', 'mlp'))) == 3 * 5
-
-
-def test_coca_is_refused_by_name():
-    cfg = copy.deepcopy(tiny_clip().config)
-    cfg['model_cfg']['text_cfg'] = dict(
-        context_length=12, vocab_size=50, width=32, heads=4, layers=2, embed_cls=True
-    )
-    cfg['model_cfg']['custom_text'] = True
-    with pytest.raises(ValueError, match='CoCa'):
-        build_clip(cfg, None)
 
 
 WORKER = """

@@ -7,7 +7,7 @@ __all__ = ['TOWERS', 'Clip', 'PruneSpec', 'both', 'build_clip', 'compare', 'comp
            'prune', 'read_spec', 'relative', 'save_open_clip', 'save_spec', 'shape_of', 'small_config', 'spec_hash',
            'tiny_clip', 'weights_hash', 'whole_spec', 'word_tokenizer']
 
-# %% ../../nbs/02n_clip.ipynb #0752eee6
+# %% ../../nbs/02n_clip.ipynb #c38c7b1c
 from .compared import compare, draw_spec
 from .folders import save_open_clip
 from .load import load_clip
@@ -24,6 +24,7 @@ from mope_clip.clip.spec import (
     spec_hash,
 )
 from .tiny import small_config, tiny_clip, word_tokenizer
+from .whole import WholeTower  # each family is on the list once its room is read
 
 # %% ../../nbs/02n_clip.ipynb #c32a0661
 _all_ = [

@@ -93,7 +93,7 @@ def take(
     # shape[0], since len() would fix the batch of an exported graph
     return x[torch.arange(x.shape[0], device=x.device), pick][:, None]
 
-# %% ../../nbs/02b_blocks.ipynb #2f3e4d74
+# %% ../../nbs/02b_blocks.ipynb #b9f4ce56
 class Block(nn.Module):
     "A residual block of heads and neurons, as the rest of the library sees it"
 
@@ -101,6 +101,7 @@ class Block(nn.Module):
     head_dim: int  # width of a head
     neurons: int  # how many
     width: int  # of the residual stream
+    is_pooler = False  # whether it ends a tower: it puts out one token, and cannot go as a whole
 
     def qkv(self, x: torch.Tensor, mask=None, pick=None) -> tuple:
         """Queries, keys and values (b, heads, n, head_dim) of the stream x; with `pick` (b,) one
@@ -216,7 +217,7 @@ class Block(nn.Module):
         "Itself, its attention turned in place into one operator of ONNX where that is the same"
         return self
 
-# %% ../../nbs/02b_blocks.ipynb #d5f436f6
+# %% ../../nbs/02b_blocks.ipynb #71d68698
 class Tower(nn.Module):
     "One tower of a model as embed -> blocks -> pool, sharing its parameters"
 
@@ -226,11 +227,26 @@ class Tower(nn.Module):
     image_size: tuple  # of the vision tower: height and width in pixels
     trims = False  # whether captions may be cut behind the token that is pooled
     pooler = None  # a `Block` that pools by attention, scored and pruned like the others
+    fixed_shape = False  # whether its configuration has one shape: a name of another library
+    kept_whole = ''  # why nothing can be removed from it; such a tower has no blocks
 
     @property
     def blocks(self) -> nn.ModuleList:
         "Of `Block`, from the first to the last"
         raise NotImplementedError
+
+    @property
+    def stages(self) -> list:
+        "All that has heads and neurons: the blocks, and behind them the pooler where there is one"
+        return [*self.blocks, *([] if self.pooler is None else [self.pooler])]
+
+    def check_blocks(self):
+        "`ValueError` by name for a tower that is kept whole"
+        if self.kept_whole:
+            raise ValueError(
+                f'The {self.name} tower is {self.kept_whole}, from which nothing can be removed: '
+                f'name the other tower alone, this one stays whole.'
+            )
 
     def embed(self, x: torch.Tensor) -> tuple:
         """The input (b, n, d) of the first block, and the mask or None; of images (b, 3, s, s) or
@@ -250,12 +266,24 @@ class Tower(nn.Module):
         "What the projection reads (b, d), of the last output (b, n, d), or (b, 1, d) of one token"
         raise NotImplementedError
 
-    def pool(self, x: torch.Tensor, ids: torch.Tensor = None) -> torch.Tensor:
-        "The embedding (b, e), not normalised, of the last output (b, n, d), or (b, 1, d)"
-        x, final = self.pooled(x, ids), self.final_map()
+    def before_pooler(self, x: torch.Tensor) -> torch.Tensor:
+        "What the pooler reads (b, n, d), of the last output (b, n, d)"
+        raise NotImplementedError
+
+    def after_pooler(self, y: torch.Tensor) -> torch.Tensor:
+        "What the projection reads (b, d), of the pooler's output (b, 1, d)"
+        raise NotImplementedError
+
+    def projected(self, x: torch.Tensor) -> torch.Tensor:
+        "The embedding (b, e), not normalised, of what is pooled (b, d)"
+        final = self.final_map()
         if final is None:
             return x
         return final(x) if isinstance(final, nn.Module) else x @ final
+
+    def pool(self, x: torch.Tensor, ids: torch.Tensor = None) -> torch.Tensor:
+        "The embedding (b, e), not normalised, of the last output (b, n, d), or (b, 1, d)"
+        return self.projected(self.pooled(x, ids))
 
     def lengths(self, ids: torch.Tensor) -> torch.Tensor:
         "How many tokens (b,) of each caption its embedding depends on"

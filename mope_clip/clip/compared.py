@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# %% ../../nbs/02m_compared.ipynb #5930b48c
+# %% ../../nbs/02m_compared.ipynb #c23321af
 MODULES_KEPT = dict(head='heads', neuron='neurons', layer=None)  # as `compare` calls them
 
 
@@ -28,7 +28,9 @@ def kept_modules(
     "All modules of one kind that a tower keeps"
     unit = MODULES_KEPT[module]
     kept = getattr(spec, tower)
-    return {(layer, i) for layer, units in kept.items() for i in (units[unit] if unit else [0])}
+    if unit is None:
+        return {(layer, 0) for layer in spec.layers(tower)}
+    return {(layer, i) for layer, units in kept.items() for i in units[unit]}
 
 
 def compare(
@@ -54,7 +56,7 @@ def compare(
             )
     return pd.DataFrame(rows)
 
-# %% ../../nbs/02m_compared.ipynb #54af4e27
+# %% ../../nbs/02m_compared.ipynb #1194a2b7
 def squares(
     ax: 'Axes',
     places: list,  # of (head, layer)
@@ -68,8 +70,10 @@ def squares(
 
 def draw_heads(ax: 'Axes', base: dict, kept: dict):
     "Every head of a tower as a square, filled where it stays"
-    layers, heads = range(base['layers']), range(base['heads'])
-    everywhere = [(head, layer) for layer in layers for head in heads]
+    rows = [base['heads']] * base['layers']
+    if 'pooler' in base:
+        rows.append(base['pooler']['heads'])
+    everywhere = [(head, layer) for layer, heads in enumerate(rows) for head in range(heads)]
     squares(ax, everywhere, facecolors='none', edgecolors='.85')
     squares(ax, [(head, layer) for layer, units in kept.items() for head in units['heads']])
 
@@ -83,7 +87,7 @@ def draw_spec(spec: PruneSpec) -> 'Figure':
     fig, axes = plt.subplots(1, 4, figsize=size, layout='constrained', width_ratios=[2, 1, 2, 1])
     for tower, heads, bars in zip(TOWERS, axes[::2], axes[1::2], strict=True):
         base, kept = spec.base[tower], getattr(spec, tower)
-        layers = base['layers']
+        layers = base['layers'] + ('pooler' in base)
         draw_heads(heads, base, kept)
         bars.barh(list(kept), [len(units['neurons']) for units in kept.values()])
         heads.set(title=f'{tower}: heads', xlabel='head', ylabel='layer')

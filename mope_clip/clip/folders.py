@@ -7,7 +7,7 @@ __all__ = ['SETTINGS', 'TOKENIZER_FILES', 'FORMAT', 'CARD', 'OWN', 'OPEN_CLIP_WE
            'write_json', 'saved_config', 'save_clip', 'load_tokenizer', 'read_json', 'check_saved', 'saved_frame',
            'fill_saved', 'load_saved', 'save_open_clip', 'load_open_clip_folder', 'load_hf_folder', 'load_folder']
 
-# %% ../../nbs/02h_folders.ipynb #f8979c89
+# %% ../../nbs/02h_folders.ipynb #d2426ae1
 import hashlib
 import json
 from collections.abc import Callable
@@ -21,9 +21,10 @@ from .convert import from_hf, preprocess_from_hf
 from .model import Clip, build_clip, prune, weights_hash
 from .spec import PruneSpec, full_spec, spec_hash
 from .weights import check_weights, load_strict, read_weights
+from .whole import hf_text
 from ..data.files import first_line, write_folder
 
-# %% ../../nbs/02h_folders.ipynb #55e36b6d
+# %% ../../nbs/02h_folders.ipynb #4f3c6d24
 SETTINGS = 'model_cfg', 'preprocess_cfg', 'spec', 'tokenizer'
 TOKENIZER_FILES = (
     'tokenizer.json',
@@ -41,14 +42,15 @@ def settings_hash(
     folder: Path,  # with the files of the tokenizer
 ) -> str:  # 16 hex digits
     "A hash of what decides the embeddings beside the weights"
-    settings = [json.loads(json.dumps(config.get(name))) for name in SETTINGS]
+    names = [*SETTINGS, *(['hf_text'] if 'hf_text' in config else [])]
+    settings = [json.loads(json.dumps(config.get(name))) for name in names]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             digest.update((folder / name).read_bytes())
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/02h_folders.ipynb #5fc4ec4d
+# %% ../../nbs/02h_folders.ipynb #d066c66e
 FORMAT = 1
 CARD = """---
 library_name: mope_clip
@@ -76,6 +78,9 @@ def saved_config(clip: Clip) -> dict:
         'spec': asdict(clip.spec),
         'weights': weights_hash(clip),
     }
+    described = hf_text(clip.text.net)
+    if described:
+        config['hf_text'] = described
     if not hasattr(clip.tokenizer, 'save_pretrained') and not config.get('tokenizer'):
         kind = type(clip.tokenizer).__name__
         if kind != 'SimpleTokenizer':
@@ -213,7 +218,7 @@ def load_saved(folder: Path, config: dict, device: str) -> Clip:
     clip.model.to(device).eval()
     return clip
 
-# %% ../../nbs/02h_folders.ipynb #65c000c2
+# %% ../../nbs/02h_folders.ipynb #5837dea3
 OPEN_CLIP_WEIGHTS = (
     'open_clip_model.safetensors',
     'open_clip_pytorch_model.bin',
@@ -233,6 +238,11 @@ def save_open_clip(
     if spec_hash(clip.spec) != spec_hash(full_spec(clip.spec.base)):
         raise ValueError(
             "open_clip's format has no room for a pruned model: use clip.save(folder)."
+        )
+    if 'multimodal_cfg' in clip.config['model_cfg']:
+        raise ValueError(
+            "open_clip's format of a CoCa has its decoder, which was left out: "
+            'use clip.save(folder).'
         )
 
     def write(new: Path):

@@ -35,7 +35,7 @@ def named_config(
     prepared = {setting: value for setting, value in tag.items() if setting in PREPROCESS}
     return dict(name=name, model_cfg=cfg, tokenizer=name, preprocess_cfg=prepared)
 
-# %% ../../nbs/02i_load.ipynb #12f4fd73
+# %% ../../nbs/02i_load.ipynb #25bd9242
 def tags_of(name: str, none: str) -> str:
     "The tags of a name in a row, or the word for none"
     return ', '.join(open_clip.list_pretrained_tags_by_model(name)) or none
@@ -61,16 +61,18 @@ def load_tag(config: dict, pretrained: str, device: str) -> Clip:
 
 def load_checkpoint(config: dict, file: Path, device: str) -> Clip:
     "A model of open_clip with the weights of a training checkpoint; `ValueError` by name"
-    name, cfg = config['name'], config['model_cfg']
-    foreign = {'timm_model_name', 'hf_model_name'}
-    odd = {'multimodal_cfg'} & set(cfg) or foreign & {*cfg['vision_cfg'], *cfg['text_cfg']}
-    if odd:
-        raise ValueError(
-            f'{name} has a tower of another library or a decoder ({", ".join(odd)}): '
-            'only the ViT and the text transformer of open_clip are supported.'
-        )
-    clip = build_clip(config, open_clip.get_tokenizer(name))
-    load_strict(clip.model, read_weights(file), name)
+    name = config['name']
+    try:
+        clip = build_clip(config, open_clip.get_tokenizer(name))
+    except OSError as e:
+        raise FileNotFoundError(
+            f'The tokenizer or the text model of {name} is not kept here and could not be had '
+            f'({first_line(e)}): load it once with a network, or pass a saved folder.'
+        ) from e
+    state = read_weights(file)
+    if 'multimodal_cfg' in config['model_cfg']:  # its decoder is no part of a CLIP
+        state = {key: x for key, x in state.items() if not key.startswith('text_decoder.')}
+    load_strict(clip.model, state, name)
     clip.model.to(device)
     return clip
 

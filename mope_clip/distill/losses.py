@@ -115,7 +115,7 @@ class HiddenLoss(nn.Module):
         )
         return dict(hidden_loss=loss) if output_dict else loss
 
-# %% ../../nbs/06a_losses.ipynb #06a44619
+# %% ../../nbs/06a_losses.ipynb #1ce543c7
 def matched_layers(
     student: Clip,
     teacher: Clip,  # of the same base model, as deep or deeper
@@ -128,8 +128,8 @@ def matched_layers(
         )
     places, missing = {}, []
     for tower in TOWERS:
-        known = {layer: place for place, layer in enumerate(getattr(teacher.spec, tower))}
-        kept = list(getattr(student.spec, tower))
+        known = {layer: place for place, layer in enumerate(teacher.spec.layers(tower))}
+        kept = student.spec.layers(tower)
         missing += [f'{tower} {layer}' for layer in kept if layer not in known]
         places[tower] = [known.get(layer) for layer in kept]
     if missing:

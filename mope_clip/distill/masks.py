@@ -56,13 +56,13 @@ class Gated:
     def masks(self) -> list:
         return [zeta for gates in self.gates.values() for zeta in gates.masks()]
 
-# %% ../../nbs/06k_masks.ipynb #f26a52bc
+# %% ../../nbs/06k_masks.ipynb #353da762
 def gated(clip: Clip) -> Gated:
     "A copy of `clip` with frozen weights, and gates of one everywhere"
     copy, gates = prune(clip, whole_spec(clip)), {}
     copy.model.requires_grad_(False)
     for tower in TOWERS:
-        for layer, block in enumerate(copy.tower(tower).blocks):
+        for layer, block in enumerate(copy.tower(tower).stages):
             heads = Gate(block.heads, block.head_dim).to(clip.device)
             neurons = Gate(block.neurons).to(clip.device)
             maps = block.output_maps()

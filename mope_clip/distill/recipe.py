@@ -145,7 +145,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     x = (step - warm) / max(1, recipe.steps - warm)
     return recipe.lr * (recipe.final + (1 - recipe.final) * (1 + math.cos(math.pi * x)) / 2)
 
-# %% ../../nbs/06f_recipe.ipynb #d94730fc
+# %% ../../nbs/06f_recipe.ipynb #5ea432ae
 def kind_of(name: str, parameter: nn.Parameter, in_block: bool) -> str:
     "'scalar', 'undecayed', 'block matrix' or 'other matrix': what an optimizer does with it"
     if not parameter.ndim:
@@ -158,7 +158,7 @@ def kind_of(name: str, parameter: nn.Parameter, in_block: bool) -> str:
 
 def parameter_kinds(clip: Clip) -> list:  # of (parameter, kind), in the model's order
     "Every trainable parameter and what kind it is of"
-    blocks = [block for tower in TOWERS for block in clip.tower(tower).blocks]
+    blocks = [block for tower in TOWERS for block in clip.tower(tower).stages]
     in_blocks = {id(p) for block in blocks for p in block.parameters()}
     return [
         (p, kind_of(name, p, id(p) in in_blocks))

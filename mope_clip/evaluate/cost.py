@@ -11,7 +11,7 @@ import torch.nn as nn
 from ..clip import TOWERS, Clip, PruneSpec, shape_of
 from ..clip.model import check_fits
 
-# %% ../../nbs/03c_cost.ipynb #6106c487
+# %% ../../nbs/03c_cost.ipynb #63089133
 def tower_macs(
     clip: Clip,
     tower: str,  # 'vision' or 'text'
@@ -21,7 +21,7 @@ def tower_macs(
     stem and head"""
     net = clip.tower(tower)
     n, total = tokens or net.tokens, 0
-    for block in net.blocks:
+    for block in net.stages:
         total += block.heads * block.head_macs(n) + block.neurons * block.neuron_macs(n)
     return total + net.stem_macs(n) + net.head_macs()
 
@@ -50,15 +50,15 @@ def cost(clip: Clip) -> dict:
         macs=sum(macs.values()),
     )
 
-# %% ../../nbs/03c_cost.ipynb #ad3c6f68
+# %% ../../nbs/03c_cost.ipynb #b4b31aa7
 def module_costs(
     clip: Clip,
     tower: str,  # 'vision' or 'text'
-) -> list:  # a dict a layer: 'head', 'neuron', 'rest' -> {'params', 'macs'}
+) -> list:  # a dict a layer, and one of the pooler: 'head', 'neuron', 'rest' -> {'params', 'macs'}
     "What one head, one neuron and the rest of each layer cost, for one item of full length"
     out = []
     net = clip.tower(tower)
-    for block in net.blocks:
+    for block in net.stages:
         head = dict(
             params=sum(part.each for part in block.head_weights()),
             macs=block.head_macs(net.tokens),
@@ -72,7 +72,7 @@ def module_costs(
         out.append(dict(head=head, neuron=neuron, rest=rest))
     return out
 
-# %% ../../nbs/03c_cost.ipynb #9142890f
+# %% ../../nbs/03c_cost.ipynb #54420305
 def spec_cost(
     clip: Clip,
     spec: PruneSpec,  # by position in `clip`
@@ -101,7 +101,7 @@ def saved_by(
     "What a tower no longer holds and computes when only these parts stay"
     saved = dict(params=0, macs=0)
     prices = module_costs(clip, tower)
-    for layer, block in enumerate(clip.tower(tower).blocks):
+    for layer, block in enumerate(clip.tower(tower).stages):
         heads = neurons = 0
         if layer in kept:
             heads, neurons = len(kept[layer]['heads']), len(kept[layer]['neurons'])

@@ -52,7 +52,7 @@ def ablations(
         yield ('mlp', 0), y
     yield ('dense', 0), block.join_ffn(y, contracted)
 
-# %% ../../nbs/04c_engine.ipynb #1cfad39a
+# %% ../../nbs/04c_engine.ipynb #8596f25e
 class LayerInputs:
     """The inputs of one layer for every batch, in memory up to `limit` bytes and in memory-mapped
     files beyond"""
@@ -115,7 +115,7 @@ class LayerInputs:
     @torch.inference_mode()
     def advance(self, layer: int):
         "The inputs of `layer` become those of the next one; nothing is scored"
-        if layer == len(self.tower.blocks) - 1:
+        if layer == len(self.tower.stages) - 1:
             return
         for i in range(len(self)):
             stream, mask, _ = self[i]
@@ -127,11 +127,11 @@ def run_block(block: Block, x: torch.Tensor, mask: torch.Tensor | None) -> torch
     all"""
     return block(x, attn_mask=mask)
 
-# %% ../../nbs/04c_engine.ipynb #aa11aa8e
+# %% ../../nbs/04c_engine.ipynb #fb93b6b6
 def finish(
     inputs: LayerInputs,
-    layer: int,  # that `x` is the output of
-    x: torch.Tensor,  # (b, n, d)
+    layer: int,  # that `x` is the output of; the number of blocks where it is the pooler's
+    x: torch.Tensor,  # (b, n, d), or (b, 1, d) of the pooler
     mask: torch.Tensor | None,
     ids: torch.Tensor | None,  # token ids of text
 ) -> torch.Tensor:  # (b, e), normalised, float32 (float64 of a double model), on the device
@@ -144,7 +144,8 @@ def finish(
             x = inputs.run_block(tower.blocks[k], x, mask)
         else:
             x = tower.blocks[k](x, attn_mask=mask, pick=pick)
-    features = tower.pool(x, ids)
+    of_pooler = layer == len(tower.blocks)
+    features = tower.projected(tower.after_pooler(x)) if of_pooler else tower.pool(x, ids)
     features = features if features.dtype == torch.float64 else features.float()
     return F.normalize(features, dim=-1)
 
@@ -173,7 +174,7 @@ def read_parts(parts: Path | None, i: int, wanted: list) -> dict:
             path.unlink(missing_ok=True)
     return found
 
-# %% ../../nbs/04c_engine.ipynb #78063800
+# %% ../../nbs/04c_engine.ipynb #86e77971
 @torch.inference_mode()
 def features_without(
     inputs: LayerInputs,  # of `layer`; become those of the next layer
@@ -188,13 +189,15 @@ def features_without(
     found = {module: [] for module in wanted}
     # then a file a module, so that a kill costs one module at most; else a file a batch
     by_module = len(inputs) < len(wanted)
-    last = layer == len(tower.blocks) - 1
+    stage, last = tower.stages[layer], layer == len(tower.stages) - 1
     for i in range(len(inputs)):
         x, mask, ids = inputs[i]
+        if stage.is_pooler:
+            x, mask = tower.before_pooler(x), None
         pick = tower.picked(x, ids) if last else None
         here = read_parts(parts, i, wanted)
         left = [module for module in wanted if module not in here]
-        for module, output in ablations(tower.blocks[layer], x, mask, left, groups, pick):
+        for module, output in ablations(stage, x, mask, left, groups, pick):
             if module == ('dense', 0):
                 dense = output
                 continue
@@ -210,7 +213,7 @@ def features_without(
         tick(len(wanted))
     return {module: inputs.restore(torch.cat(rows)) for module, rows in found.items()}
 
-# %% ../../nbs/04c_engine.ipynb #6d73e2e7
+# %% ../../nbs/04c_engine.ipynb #46d0cb78
 def block_macs(block: Block, tokens: int, queries: int | None = None) -> tuple[int, int]:
     "Multiply-accumulates of attention and of the FFN of a block, for an item"
     attention = block.heads * block.head_macs(tokens, queries)
@@ -225,17 +228,18 @@ def layer_macs(
     groups: int,  # FFN groups of the layer
 ) -> int:  # of one item
     "Multiply-accumulates that `features_without` spends on one item"
-    last = len(tower.blocks) - 1
+    stages, last = tower.stages, len(tower.blocks) - 1
 
     def queries(k: int) -> int:
         return 1 if tower.pools_one and k == last else tokens
 
-    block = tower.blocks[layer]
+    block = stages[layer]
     attention, ffn = block_macs(block, tokens, queries(layer))
     rest = sum(
-        sum(block_macs(tower.blocks[k], tokens, queries(k))) for k in range(layer + 1, last + 1)
+        sum(block_macs(stages[k], tokens, queries(k))) for k in range(layer + 1, len(stages))
     )
-    head = queries(layer) * block.width * block.head_dim + ffn
+    written = 1 if block.is_pooler else queries(layer)
+    head = written * block.width * block.head_dim + ffn
     own = dict(head=head, ffn=ffn // 2 // max(1, groups), layer=0, attn=ffn, mlp=0)
     return attention + ffn + sum(own[module] + rest for module, _ in wanted)
 

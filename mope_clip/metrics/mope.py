@@ -38,11 +38,11 @@ from mope_clip.metrics.table import (
 )
 from .z import ScoringTask
 
-# %% ../../nbs/04e_mope.ipynb #a0c7233d
+# %% ../../nbs/04e_mope.ipynb #9c430031
 def without_module(
     clip: Clip,
     tower: str,  # 'vision' or 'text'
-    layer: int,
+    layer: int,  # the number of layers for the pooler
     module: str,  # 'head', 'ffn' or 'layer'
     index: int = 0,  # of the head
     neurons: list | None = None,  # of the group
@@ -77,7 +77,7 @@ def mope_plain(
     after = task.contributions(**{t: task.encode(smaller, t) for t in TOWERS}).mean()
     return (before - after).item()
 
-# %% ../../nbs/04e_mope.ipynb #47edaafc
+# %% ../../nbs/04e_mope.ipynb #79f6850f
 def modules_of(
     clip: Clip,
     pairs,  # for the Taylor order of neurons
@@ -93,7 +93,8 @@ def modules_of(
     graded = gradients(clip, pairs, images=images) if 'ffn' in modules and rewire else None
     out = {}
     for tower in towers:
-        for layer, block in enumerate(clip.tower(tower).blocks):
+        clip.tower(tower).check_blocks()
+        for layer, block in enumerate(clip.tower(tower).stages):
             block.check_width(
                 0 if 'head' in modules else block.heads, 0 if 'ffn' in modules else block.neurons
             )
@@ -101,13 +102,15 @@ def modules_of(
             if 'ffn' in modules and block.neurons:
                 order = torch.arange(block.neurons)
                 if graded is not None:
-                    weights = graded.tower(tower).blocks[layer].neuron_weights()
+                    weights = graded.tower(tower).stages[layer].neuron_weights()
                     order = taylor_scores(weights).argsort(descending=True)
                 split = neuron_groups(order, min(groups, block.neurons))
             wanted = [('head', head) for head in range(block.heads) if 'head' in modules]
             wanted += [('ffn', group) for group in range(len(split))]
-            wanted += [(module, 0) for module in MODULES[2:] if module in modules]
-            out[tower, layer] = wanted, split
+            if not block.is_pooler:
+                wanted += [(module, 0) for module in MODULES[2:] if module in modules]
+            if wanted or not block.is_pooler:
+                out[tower, layer] = wanted, split
     return out
 
 # %% ../../nbs/04e_mope.ipynb #7aff8156

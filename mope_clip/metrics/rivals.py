@@ -112,7 +112,7 @@ def taylor(
     scores = BlockScores(heads, neurons, layer_score)
     return score_blocks(graded, towers, groups, scores, metric='taylor', **known)
 
-# %% ../../nbs/04f_rivals.ipynb #a662976a
+# %% ../../nbs/04f_rivals.ipynb #45512bd2
 def mask_gradients(slices: list) -> torch.Tensor:  # of a block that holds gradients -> (units,)
     "The gradient of a factor on what each unit writes"
     return per_unit([part for part in slices if part.side == 'out'], salience)
@@ -135,7 +135,7 @@ def fisher(
         few = pairs.select(range(start, min(start + pairs_each, len(pairs))))
         graded = gradients(clip, few)
         for tower in TOWERS:
-            for layer, block in enumerate(graded.tower(tower).blocks):
+            for layer, block in enumerate(graded.tower(tower).stages):
                 for kind, slices in (
                     ('head', block.head_weights()),
                     ('ffn', block.neuron_weights()),
@@ -152,7 +152,7 @@ def fisher(
     )
     return score_blocks(clip, towers, groups, scores, metric='fisher', **known)
 
-# %% ../../nbs/04f_rivals.ipynb #911e94cf
+# %% ../../nbs/04f_rivals.ipynb #894d0eac
 class ActivationSums:
     "Sums over tokens of what heads and neurons put out, and of how far a layer turns the stream"
 
@@ -165,8 +165,9 @@ class ActivationSums:
         hidden, out = block.hidden(y), block(x, attn_mask=mask)
         self.heads = self.heads + heads.square().sum((0, 1))
         self.neurons = self.neurons + hidden.square().sum((0, 1))
-        self.turned = self.turned + (1 - F.cosine_similarity(x, out, dim=-1)).sum()
-        self.tokens = self.tokens + torch.tensor(float(x.shape[0] * x.shape[1]))
+        self.tokens = self.tokens + torch.tensor(float(heads.shape[0] * heads.shape[1]))
+        if not block.is_pooler:  # which starts a stream of its own
+            self.turned = self.turned + (1 - F.cosine_similarity(x, out, dim=-1)).sum()
         return out
 
 
@@ -191,10 +192,12 @@ def activation(
     task, seen = ScoringTask(clip, pairs), {}
     for name in names_among('towers', towers, TOWERS):
         tower = clip.tower(name)
-        sums = [ActivationSums() for _ in tower.blocks]
+        tower.check_blocks()
+        sums = [ActivationSums() for _ in tower.stages]
         for items in task.x[name].split(batch or 64):
             x, mask = tower.embed(tower.trim(items.to(clip.device)))
-            for block, layer_sums in zip(tower.blocks, sums, strict=True):
+            for block, layer_sums in zip(tower.stages, sums, strict=True):
+                x = tower.before_pooler(x) if block.is_pooler else x
                 x = layer_sums.add(block, x, mask)
         seen[name] = sums
 

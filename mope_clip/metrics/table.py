@@ -160,7 +160,7 @@ def score_table(rows: list, clip: Clip, **made_by) -> pd.DataFrame:
     )
     return table
 
-# %% ../../nbs/04b_table.ipynb #09e79b7b
+# %% ../../nbs/04b_table.ipynb #9f229690
 @dataclass
 class BlockScores:
     "How a metric rates what a block consists of: each is called with (tower, layer, block)"
@@ -185,7 +185,8 @@ def score_blocks(
         rows.append(dict(zip(COLUMNS, row, strict=True)))
 
     for tower in names_among('towers', towers, TOWERS):
-        for layer, block in enumerate(clip.tower(tower).blocks):
+        clip.tower(tower).check_blocks()
+        for layer, block in enumerate(clip.tower(tower).stages):
             of_neurons = scores.neurons(tower, layer, block)
             of_heads = scores.heads(tower, layer, block)
             for head, score in enumerate(of_heads):
@@ -194,7 +195,8 @@ def score_blocks(
             split = neuron_groups(order, min(groups, len(order))) if len(order) else []
             for group, neurons in enumerate(split):
                 add(tower, 'ffn', layer, group, of_neurons[neurons].mean(), neurons)
-            add(tower, 'layer', layer, 0, scores.layer(tower, layer, block))
+            if not block.is_pooler:
+                add(tower, 'layer', layer, 0, scores.layer(tower, layer, block))
     return score_table(rows, clip, groups=groups, **made_by)
 
 # %% ../../nbs/04b_table.ipynb #ee1b24b6

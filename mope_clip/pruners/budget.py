@@ -16,14 +16,14 @@ from ..evaluate import cost, spec_cost
 from ..evaluate import latency as measured
 from .plan import plan_depth, plan_width, spec_from
 
-# %% ../../nbs/05b_budget.ipynb #5845a49e
+# %% ../../nbs/05b_budget.ipynb #98efd796
 def counted(clip: Clip, spec: PruneSpec, tower: str) -> str:
     "What stays of the layers, heads and neurons of a tower"
     kept, shape = getattr(spec, tower).values(), shape_of(clip)[tower]
     heads = sum(len(layer['heads']) for layer in kept)
     neurons = sum(len(layer['neurons']) for layer in kept)
     return (
-        f'{len(kept)} of {len(shape)} layers, '
+        f'{len(spec.layers(tower))} of {spec.base[tower]["layers"]} layers, '
         f'{heads} of {sum(layer[0] for layer in shape)} heads, '
         f'{neurons:,} of {sum(layer[1] for layer in shape):,} neurons'
     )

@@ -17,17 +17,19 @@ from ..clip.to_hugging_face import hf_config_and_weights, preprocess_to_hf
 from ..data.files import write_folder
 from .export import check_same, probe
 
-# %% ../../nbs/05i_formats.ipynb #285612dd
+# %% ../../nbs/05i_formats.ipynb #107a4891
 def not_plain(clip: Clip) -> list:  # of phrases, empty where all fits
     "What of a model has no place in open_clip's configuration"
     out = []
     for name, layers in shape_of(clip).items():
         tower = clip.tower(name)
+        if tower.kept_whole:
+            continue
         full = tower.width // tower.blocks[0].head_dim
-        for layer, (heads, _) in enumerate(layers):
+        for layer, (heads, *_) in enumerate(layers):
             if heads < full:
                 out.append(f'{name} layer {layer} has {heads} of {full} heads')
-        sizes = [neurons for _, neurons in layers]
+        sizes = [neurons for _, neurons, *_ in layers]
         if len(set(sizes)) > 1 or not sizes[0]:
             out.append(f'the {name} layers have {", ".join(map(str, sizes))} neurons')
     return out

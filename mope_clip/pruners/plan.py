@@ -95,12 +95,15 @@ def spec_from(
     provenance = {key: value for key, value in made.items() if key != 'shape'}
     return PruneSpec(**out, base=whole.base, provenance=provenance)
 
-# %% ../../nbs/05a_plan.ipynb #fb8edb77
+# %% ../../nbs/05a_plan.ipynb #3eeea2d8
 def scored_shape(scores: pd.DataFrame) -> dict:  # tower -> a dict of counts for each layer
     "How many modules of each kind the layers of the scored model have; empty where unknown"
     shape = scores.attrs.get('mope', {}).get('shape') or {}
     return {
-        tower: [dict(head=heads, ffn=neurons, layer=1) for heads, neurons in layers]
+        tower: [
+            dict(head=heads, ffn=neurons, layer=int(not pooler))
+            for heads, neurons, *pooler in layers
+        ]
         for tower, layers in shape.items()
     }
 

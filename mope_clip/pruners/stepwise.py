@@ -47,7 +47,7 @@ def mope_set(
     table.attrs['mope'] = dict(metric='set', **task.made_by, model=weights_hash(clip))
     return table
 
-# %% ../../nbs/05c_stepwise.ipynb #95e12971
+# %% ../../nbs/05c_stepwise.ipynb #a23c41de
 def step_shares(
     clip: Clip,  # the original
     now: Clip,  # what is left of it
@@ -59,9 +59,10 @@ def step_shares(
     shares = dict(layer={}, head={}, ffn={})
     for tower, shape in shape_of(now).items():
         whole = shape_of(clip)[tower]
-        shares['layer'][tower] = keep_count(len(whole), target) / len(shape)
-        heads = sum(keep_count(heads, target) for heads, _ in whole if heads)
-        shares['head'][tower] = heads / (sum(heads for heads, _ in shape) or 1)
+        layers, before = len(now.tower(tower).blocks), len(clip.tower(tower).blocks)
+        shares['layer'][tower] = keep_count(before, target) / max(1, layers)
+        heads = sum(keep_count(heads, target) for heads, *_ in whole if heads)
+        shares['head'][tower] = heads / (sum(heads for heads, *_ in shape) or 1)
         shares['ffn'][tower] = keep_count(groups, target) / keep_count(groups, left)
     return shares
 
