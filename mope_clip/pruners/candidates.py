@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['TowerState', 'TowerSearch', 'Judge']
 
-# %% ../../nbs/05fa_candidates.ipynb #abc355df
+# %% ../../nbs/05fa_candidates.ipynb #81a6dfe1
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from ..clip import Clip
+from ..clip.blocks import Block
 from ..metrics.z import ScoringTask
 from .levels import Orders
 from .regression import RegressionSums, ridge
 from .streams import missing
 
-# %% ../../nbs/05fa_candidates.ipynb #3d1bb9cf
+# %% ../../nbs/05fa_candidates.ipynb #b8695e41
 @dataclass
 class TowerState:
     "A repaired tower: its blocks, the stream before each, and the features of the judging items"
@@ -43,27 +44,38 @@ class TowerSearch:
         strength: float = 1e-2,  # of the ridge
     ):
         self.net, self.name, self.orders, self.strength = clip.tower(tower), tower, orders, strength
-        self.layers, self.fit = len(self.net.blocks), len(fitted)
+        self.layers, self.fit = len(self.net.stages), len(fitted)
         self.ids = self.net.trim(torch.cat([fitted, judged]).to(clip.device))
         if tower == 'vision':
             self.ids = self.ids.to(clip.dtype)
         self.start, self.mask = self.net.embed(self.ids)
         self.counting = None
         if tower == 'text':
-            places = torch.arange(self.ids.shape[1], device=self.ids.device)
+            places = torch.arange(self.start.shape[1], device=self.ids.device)
             self.counting = places[None] < self.net.lengths(self.ids)[: self.fit, None]
         self.middle, self.after, x = [], [], self.start
-        for block in self.net.blocks:
-            y = block.after_attention(x, self.mask)
+        for block in self.net.stages:
+            y = block.after_attention(*self.read(block, x))
             x = block.after_ffn(y)
             self.middle.append(y[: self.fit])
             self.after.append(x[: self.fit])
-        self.target = self.net.pool(x, self.ids)[: self.fit]
+        self.target = self.net.projected(self.pooled(x))[: self.fit]
+
+    def read(self, block: Block, x: torch.Tensor) -> tuple:  # stream and mask
+        "What a block reads; a pooler reads the stream in its own way"
+        return (self.net.before_pooler(x), None) if block.is_pooler else (x, self.mask)
+
+    def pooled(self, x: torch.Tensor) -> torch.Tensor:  # (items, d)
+        "What the projection reads, of the output of the last stage"
+        if self.net.pooler is not None:
+            return self.net.after_pooler(x)
+        return self.net.pooled(x, self.ids)
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
         "Tokens of the fitted items that count, (rows, d)"
         x = x[: self.fit]
-        return x.flatten(0, 1) if self.counting is None else x[self.counting]
+        one_each = x.shape[1] == 1  # behind a pooler
+        return x.flatten(0, 1) if self.counting is None or one_each else x[self.counting]
 
     def solve(self, h: torch.Tensor, r: torch.Tensor, old: torch.Tensor, bias: bool = True):
         "Weights and bias of the ridge regression on the fitted items"
@@ -78,10 +90,12 @@ class TowerSearch:
     def repaired_block(self, layer: int, levels: dict, x: torch.Tensor, target: torch.Tensor):
         "A slim block whose maps aim at the teacher's streams, and its output"
         kept = self.orders.kept(levels, self.name, layer)
-        block = self.net.blocks[layer].slim(**kept)
+        block = self.net.stages[layer].slim(**kept)
         gains, maps = block.gains(), block.output_maps()
-        h = block.attend(x, self.mask)
-        wanted = missing(self.rows(self.middle[layer]), self.rows(x), gains['head'])
+        x, mask = self.read(block, x)
+        h, y = block.attend(x, mask), self.middle[layer]
+        start = 0 * y if block.is_pooler else x  # a pooler starts a new stream
+        wanted = missing(self.rows(y), self.rows(start), gains['head'])
         self.fill(maps['head'], self.rows(h), wanted)
         y = block.join_attention(x, block.project(h))
         h = block.hidden(y)
@@ -105,11 +119,11 @@ class TowerSearch:
         x = parent.streams[first] if parent else self.start
         for layer in range(first, self.layers):
             streams.append(x)
-            if mine[layer] == (0, 0):
+            if mine[layer] == (0, 0) and layer < len(self.net.blocks):
                 blocks.append(None)
                 continue
             last = layer  # the layer behind which the target is taken: before the next kept one
-            while last + 1 < self.layers and mine[last + 1] == (0, 0):
+            while last + 1 < len(self.net.blocks) and mine[last + 1] == (0, 0):
                 last += 1
             block, x = self.repaired_block(layer, levels, x, self.after[last])
             blocks.append(block)
@@ -131,7 +145,7 @@ class TowerSearch:
 
     def project(self, x: torch.Tensor) -> tuple:
         "Features (items, e) by the projection that fits the teacher's best, and that projection"
-        final, pooled = self.net.final_map(), self.net.pooled(x, self.ids)
+        final, pooled = self.net.final_map(), self.pooled(x)
         if final is None:
             return pooled, None
         matrix = final.weight if hasattr(final, 'weight') else final.T

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-# %% ../../nbs/05d_regression.ipynb #031529b4
+# %% ../../nbs/05d_regression.ipynb #7e571d9d
 class RegressionSums:
     "Sums, in float64, of a regression from (rows, k) to (rows, d); its error for any weights"
 
@@ -67,7 +67,10 @@ def ridge(
     if len(gram):
         nu = strength * gram.diagonal().mean().clamp(min=1e-30)
         eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        factor = torch.linalg.cholesky(gram + nu * eye)
+        factor, failed = torch.linalg.cholesky_ex(gram + nu * eye)
+        while failed:  # inputs that repeat one another need a stronger pull than was asked for
+            nu = 10 * nu
+            factor, failed = torch.linalg.cholesky_ex(gram + nu * eye)
         weight = torch.cholesky_solve(cross + nu * old.T, factor).T
     else:
         weight = old

@@ -34,7 +34,7 @@ from mope_clip.pruners.streams import (
     projection_rows,
 )
 
-# %% ../../nbs/05e_repair.ipynb #dde92360
+# %% ../../nbs/05e_repair.ipynb #049dd4f4
 def repair_projection(run: TowerRepair, rows: Callable) -> Solution:
     "Solve the projection into the shared space, for the teacher's embeddings"
     final = run.student.final_map()
@@ -55,7 +55,7 @@ def repair_map(run: TowerRepair, part: str, k: int, solved: SolvedMaps) -> dict:
     if part == 'projection':
         linear, rows = run.student.final_map(), projection_rows(run)
     else:
-        linear = run.student.blocks[k].output_maps()[part]
+        linear = run.student.stages[k].output_maps()[part]
         rows = attention_rows(run, k) if part == 'head' else ffn_rows(run, k)
     kept = solved.load(run.student.name, part, k, linear)
     if kept is not None:
@@ -71,9 +71,9 @@ def repair_map(run: TowerRepair, part: str, k: int, solved: SolvedMaps) -> dict:
 
 def maps_of(tower: Tower, how: Calibration) -> list:
     "The output maps of a tower in the order of their repair: part and block"
-    maps = [(part, k) for k in range(len(tower.blocks)) for part in ('head', 'ffn')]
+    maps = [(part, k) for k in range(len(tower.stages)) for part in ('head', 'ffn')]
     if how.projection and tower.final_map() is not None:
-        maps.append(('projection', len(tower.blocks)))
+        maps.append(('projection', len(tower.stages)))
     return maps
 
 
@@ -109,7 +109,7 @@ def repair_cost(student: Clip, teacher: Clip, items: dict, how: Calibration) -> 
         streams += 2 * len(x) * stream[0].numel() * stream.dtype.itemsize
     return dict(seconds=seconds, stream_bytes=streams)
 
-# %% ../../nbs/05e_repair.ipynb #829cd86a
+# %% ../../nbs/05e_repair.ipynb #c0906398
 def check_repair(student: Clip, teacher: Clip, pairs, how: Calibration):
     "Refuse in one sentence what cannot be repaired, or would be repaired on what is reported"
     columns = getattr(pairs, 'column_names', ())
@@ -131,8 +131,13 @@ def check_repair(student: Clip, teacher: Clip, pairs, how: Calibration):
     refuse(mute, f'{mute} of {len(pairs)} images have no caption: leave them out.')
     for tower in TOWERS:
         places_in(student, teacher, tower)
-        for block in student.tower(tower).blocks:
+        for block in student.tower(tower).stages:
             block.gains()
+    refuse(
+        student.dtype != teacher.dtype,
+        f'The student computes in {student.dtype}, the teacher in {teacher.dtype}: bring both to '
+        'one type.',
+    )
     for name, model in (('student', student), ('teacher', teacher)):
         finite = all(p.isfinite().all() for p in model.model.parameters())
         refuse(not finite, f'The {name} has weights that are NaN or infinite: load it again.')
@@ -148,7 +153,7 @@ def is_untouched(student: Clip, teacher: Clip, tower: str) -> bool:
         for name, p in mine.items()
     )
 
-# %% ../../nbs/05e_repair.ipynb #accfd918
+# %% ../../nbs/05e_repair.ipynb #ee396dbc
 def repair(
     student: Clip,  # pruned from the teacher; stays as it is
     teacher: Clip,  # the unpruned model; stays as it is
@@ -171,7 +176,8 @@ def repair(
     world, repaired = processes(teacher.device), student.copy()
     training = {clip: clip.model.training for clip in (student, teacher)}
     began, items = time.time(), calibration_items(teacher, pairs, how)
-    towers = [tower for tower in towers if not is_untouched(student, teacher, tower)]
+    towers = [t for t in towers if student.tower(t).stages]
+    towers = [t for t in towers if not is_untouched(student, teacher, t)]
     repaired.model.eval()
     teacher.model.eval()
     try:

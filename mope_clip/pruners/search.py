@@ -6,7 +6,7 @@
 __all__ = ['BUDGETS', 'Walk', 'SearchSettings', 'step', 'spend', 'the_budget', 'check_search', 'split_pairs', 'search',
            'refuse_too_little', 'whole_of', 'SearchRun', 'shrink', 'task_name']
 
-# %% ../../nbs/05g_search.ipynb #a14002d8
+# %% ../../nbs/05g_search.ipynb #25cbc568
 import hashlib
 import json
 import random
@@ -27,7 +27,6 @@ from .candidates import Judge
 from mope_clip.pruners.levels import (
     Orders,
     Prices,
-    is_empty,
     keep_one_layer,
     latency_prices,
     measured,
@@ -37,7 +36,7 @@ from mope_clip.pruners.levels import (
 )
 from .streams import Calibration, calibration_items
 
-# %% ../../nbs/05g_search.ipynb #accfb6cf
+# %% ../../nbs/05g_search.ipynb #5db3c703
 @dataclass
 class Walk:
     "A search in progress: where it stands, and what it has seen"
@@ -82,7 +81,7 @@ def step(
     towers = rng.choice([*alone, *alone, list(orders.towers)])
     if rng.random() < depth:
         tower = rng.choice(towers)
-        layer = rng.choice(sorted({layer for t, layer, _ in levels if t == tower}))
+        layer = rng.randrange(orders.layers[tower])
         levels[tower, layer, 'head'] = levels[tower, layer, 'ffn'] = 0
     else:
         for _ in range(rng.choice((1, 1, 1, 2, 3))):
@@ -104,7 +103,7 @@ def spend(
             for place, n in levels.items()
             if n < orders.full[place]
             and place[0] in towers
-            and (new_layers or not is_empty(levels, *place[:2]))
+            and (new_layers or not orders.is_empty(levels, *place[:2]))
         ]
         if not open_places:
             break

@@ -74,7 +74,7 @@ def places_in(student: Clip, teacher: Clip, tower: str) -> list:  # a place for 
     )
     return [places[layer] for layer in kept]
 
-# %% ../../nbs/05db_streams.ipynb #ce589732
+# %% ../../nbs/05db_streams.ipynb #2a18ea47
 class TowerRepair:
     "One tower on its way from the first block to the last: both streams, and the sums of a map"
 
@@ -133,6 +133,11 @@ class TowerRepair:
         "Which items of a batch decide the strength"
         return self.items[i] % self.how.held_out == self.how.held_out - 1
 
+    def chosen_items(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        "Which items of a batch are solved on, and which decide: where each has one token"
+        held = self.held(i).to(self.world.device)
+        return ~held, held
+
     def gather(
         self,
         rows: Callable,  # of a batch's number: inputs (rows, k), targets (rows, d), chosen places
@@ -155,6 +160,14 @@ class TowerRepair:
             for x in sums.tensors():
                 self.world.sum(x)
         return fit, held, shift
+
+    def move(self, i: int, stream: torch.Tensor, target: torch.Tensor):
+        "Both streams of a batch are further on; behind a pooler they are one token long"
+        for streams, x in ((self.streams, stream), (self.targets, target)):
+            if x.shape == streams.parts[i][0].shape:
+                streams[i] = x
+            else:
+                streams.parts[i][0] = x
 
     def pass_on(self, rows: Callable):
         "Move both streams through a map whose weights are known already"
@@ -191,7 +204,7 @@ def default_batch(tower: Tower, device: torch.device) -> int:
         return 64
     return 256 if tower.name == 'vision' else 2048
 
-# %% ../../nbs/05db_streams.ipynb #acc26d1d
+# %% ../../nbs/05db_streams.ipynb #b57dcb76
 def missing(target: torch.Tensor, stream: torch.Tensor, gain) -> torch.Tensor:
     "What a map should add to the stream, before the block's own scale is applied"
     difference = target - stream
@@ -202,41 +215,44 @@ def missing(target: torch.Tensor, stream: torch.Tensor, gain) -> torch.Tensor:
 
 def attention_rows(run: TowerRepair, k: int) -> Callable:
     "For batch i: the heads' outputs of block k, and what the teacher's attention calls for"
-    block, place, gain = run.student.blocks[k], run.places[k], run.student.blocks[k].gains()['head']
+    block, whole = run.student.stages[k], run.teacher.stages[run.places[k]]
+    gain, pools = block.gains()['head'], block.is_pooler
 
     def rows(i: int) -> tuple:
-        x, mask, _ = run.streams[i]
+        (x, mask, _), (z, _, _) = run.streams[i], run.targets[i]
         if k:
-            x = run.student.blocks[k - 1].after_ffn(x)
-            run.streams[i] = x
-        z, _, _ = run.targets[i]
-        y = run.teacher.blocks[place].after_attention(z, mask)
-        run.targets[i] = y
+            x = run.student.stages[k - 1].after_ffn(x)
+        if pools:  # reads the stream, and starts a new one
+            x, z, mask = run.student.before_pooler(x), run.teacher.before_pooler(z), None
+        y = whole.after_attention(z, mask)
         read = z if run.how.aim == 'block by block' else x
         start = x if run.how.aim == 'stream' else z
-        h, r = block.attend(read, mask), missing(y, start, gain)
-        return h.flatten(0, 1), r.flatten(0, 1), run.chosen(i)
+        h, r = block.attend(read, mask), missing(y, 0 * y if pools else start, gain)
+        run.move(i, x, y)
+        chosen = run.chosen_items(i) if pools else run.chosen(i)
+        return h.flatten(0, 1), r.flatten(0, 1), chosen
 
     return rows
 
 
 def ffn_rows(run: TowerRepair, k: int) -> Callable:
     "For batch i: the neurons of block k, and what the teacher's stream before the next layer wants"
-    block, place, gain = run.student.blocks[k], run.places[k], run.student.blocks[k].gains()['ffn']
+    block, place = run.student.stages[k], run.places[k]
+    gain, pools = block.gains()['ffn'], block.is_pooler
     after = [*run.places, len(run.teacher.blocks)][k + 1]
 
     def rows(i: int) -> tuple:
-        x, mask, _ = run.streams[i]
-        y = block.after_attention(x, mask)
-        run.streams[i] = y
-        before, _, _ = run.targets[i]
-        z = own = run.teacher.blocks[place].after_ffn(before)
+        (x, mask, _), (before, _, _) = run.streams[i], run.targets[i]
+        y = block.after_attention(x, None if pools else mask)
+        z = own = run.teacher.stages[place].after_ffn(before)
         for removed in range(place + 1, after):
             z = run.teacher.blocks[removed](z, attn_mask=mask)
-        run.targets[i] = z
         read = before if run.how.aim == 'block by block' else y
         r = missing(z, y, gain) if run.how.aim == 'stream' else missing(own, before, gain)
-        return block.hidden(read).flatten(0, 1), r.flatten(0, 1), run.chosen(i)
+        h = block.hidden(read)
+        run.move(i, y, z)
+        chosen = run.chosen_items(i) if pools else run.chosen(i)
+        return h.flatten(0, 1), r.flatten(0, 1), chosen
 
     return rows
 
@@ -245,10 +261,12 @@ def projection_rows(run: TowerRepair) -> Callable:
     "For batch i: what the student's projection reads, and the teacher's embeddings"
 
     def rows(i: int) -> tuple:
-        x, _, ids = run.streams[i]
-        z, _, _ = run.targets[i]
-        x = run.student.blocks[-1].after_ffn(x)
-        held = run.held(i).to(x.device)
-        return run.student.pooled(x, ids), run.teacher.pool(z, ids), (~held, held)
+        (x, _, ids), (z, _, _) = run.streams[i], run.targets[i]
+        x = run.student.stages[-1].after_ffn(x)
+        if run.student.pooler is not None:
+            x, z = run.student.after_pooler(x), run.teacher.projected(run.teacher.after_pooler(z))
+        else:
+            x, z = run.student.pooled(x, ids), run.teacher.pool(z, ids)
+        return x, z, run.chosen_items(i)
 
     return rows
