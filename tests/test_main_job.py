@@ -48,17 +48,19 @@ def test_results_are_whole(finished):
     assert [*dict.fromkeys(row['stage'] for row in r['rows'])] == [
         'teacher',
         'width pruned',
+        'width repaired',
         'width recovered',
         'depth pruned',
+        'depth repaired',
         'depth recovered',
         'loaded from disk',
     ]
-    assert len(r['rows']) == 6 * 7 and all(
+    assert len(r['rows']) == 8 * 7 and all(
         0 <= row['value'] <= 100 and row['split'] == 'test' for row in r['rows']
     )
     made = {'commit', 'template_hash', 'functions', 'versions', 'wall_time', 'peak_memory', 'data'}
     assert made <= set(r['provenance'])
-    assert set(r['provenance']['data']) == {'test', 'scored', 'sprites'}
+    assert set(r['provenance']['data']) == {'test', 'scored', 'calibration', 'sprites'}
     sizes = {row['stage']: row['size'] for row in r['rows']}
     assert sizes['teacher'] > sizes['width pruned'] > sizes['depth pruned']
 

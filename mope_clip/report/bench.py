@@ -30,7 +30,7 @@ from mope_clip.distill import (
 )
 from ..evaluate import cost, encode_captions, encode_images, owners
 from ..metrics import HITS, METRICS, ScoringTask, contributions, score_by
-from ..pruners import plan, plan_depth, plan_width
+from ..pruners import plan, plan_depth, plan_width, repair
 from .comparison import Comparison, Kept, Material
 from .parameters import check_choice
 from .provenance import fingerprint
@@ -185,6 +185,19 @@ class Recovering(Scoring):
 
         return self.kept.take(place, make, save, self.load_model)
 
+    def repaired(self, clip: Clip) -> Clip:
+        "A copy of a model whose output weights are solved anew towards the teacher, kept"
+        place = self.place('repaired', clip, fingerprint(self.calibration))
+
+        def make(work):
+            images = self.shared.images_repaired
+            return repair(clip, self.teacher, self.calibration, images=images, folder=work)
+
+        def load(place):
+            return load_clip(str(place), device=str(self.teacher.device))
+
+        return self.kept.take(place, make, Clip.save, load)
+
     def save_model(self, made, place: Path, how: str):
         "Keep a model with its learning curve, and say how it went"
         made.clip.save(place)
@@ -300,6 +313,8 @@ class Road:
     def recover(self, clip: Clip, pairs_seen: int, **more) -> Clip:
         "The model after one recovery more"
         seed = self.seed + len(self.trained)
+        if self.shared.repair and not more.get('alone'):
+            clip = self.bench.repaired(clip)
         points = self.shared.points
         made = self.bench.recover(clip, pairs_seen, seed, points=points, **more)
         self.trained.append(made)

@@ -49,6 +49,8 @@ class Comparison:
     batch: int = 64  # pairs a step
     lr: float = 5e-4  # peak learning rate
     root: str | None = None  # where the data set of the task is, as in `load_pairs`
+    repair: bool = False  # solve output weights anew before each recovery
+    images_repaired: int = 1000  # train images that repair looks at
 
 # %% ../../nbs/07g_comparison.ipynb #fd5f56cd
 BLOCK = 500  # scenes
@@ -143,6 +145,12 @@ class Material:
             return InTurn([stream_pairs(c, start=unseen_scenes(c, each)) for c in CORPORA])
         start = unseen_scenes(self.task, seen)
         return stream_pairs(self.task, 'train', start=start, **self.data)
+
+    @cached_property
+    def calibration(self):
+        "What repair looks at: train images, of the first corpus in the pre-training stage"
+        task, data = (CORPORA[0], {}) if self.stage == 'pretrain' else (self.task, self.data)
+        return load_pairs(task, 'train', self.shared.images_repaired, **data)
 
     def tested(
         self,

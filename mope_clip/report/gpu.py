@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEPS', 'furthest', 'uneven', 'all_ablations', 'right', 'say_nothing', 'half_of', 'latency_rows', 'recorded',
            'latency', 'peak_memory', 'repairing', 'ready_pairs', 'plain', 'told', 'short_loop', 'distilling',
-           'write_shard', 'loading', 'pixels_of_224', 'retrieval_ranks', 'run_steps', 'main']
+           'write_shard', 'loading', 'pixels_of_224', 'retrieval_ranks', 'run_steps', 'read_steps', 'main']
 
 # %% ../../nbs/07r_gpu.ipynb #6125e11b
 import argparse
@@ -340,7 +340,7 @@ def retrieval_ranks(scale: Scale) -> dict:
         out[device] = seconds_of(lambda there=there: ranks(*there), device, scale.seconds)
     return out
 
-# %% ../../nbs/07r_gpu.ipynb #b03e7f6a
+# %% ../../nbs/07r_gpu.ipynb #1494520b
 STEPS: dict[str, Callable] = dict(
     machine=machine,
     right=right,
@@ -379,6 +379,21 @@ def run_steps(
         write_atomic(path, lambda file, text=text: file.write(text.encode()))
         print(f'{name}: {result["took"]} s {result.get("failed", "")}', flush=True)
         found[name] = result
+    return found
+
+
+def read_steps(folder: Path) -> dict:  # step -> its result
+    "What the script has written so far; `FileNotFoundError` where nothing is"
+    found = {
+        name: json.loads(path.read_text(encoding='utf-8'))
+        for name in STEPS
+        if (path := Path(folder) / f'{name}.json').is_file()
+    }
+    if not found:
+        raise FileNotFoundError(
+            f'{folder} holds no results of a GPU: run `python -m mope_clip.report.gpu --out '
+            f'{folder}` on a machine with one.'
+        )
     return found
 
 
