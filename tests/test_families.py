@@ -7,18 +7,23 @@ import copy
 from unittest import mock
 
 import open_clip
+import pandas as pd
 import pytest
 import torch
 import transformers
+import zoo as zoo_room
+from timm.models.vision_transformer import ParallelScalingBlock
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from zoo import WORDS, in_small, small_clip, small_config
+from zoo import WORDS, in_small, small_clip, small_config, timm_options
 
 from mope_clip.clip import (
     TOWERS,
     PruneSpec,
     both,
+    compare,
     compose,
+    draw_spec,
     load_clip,
     prune,
     relative,
@@ -29,8 +34,8 @@ from mope_clip.clip import (
 from mope_clip.clip.model import class_of
 from mope_clip.clip.whole import at_hand
 from mope_clip.data import synth_pairs
-from mope_clip.distill import distill
-from mope_clip.evaluate import cost, spec_cost
+from mope_clip.distill import distill, learned_masks
+from mope_clip.evaluate import cost, latency, spec_cost
 from mope_clip.metrics import activation, fisher, magnitude, mope, mope_plain, random_scores, taylor
 from mope_clip.metrics.engine import LayerInputs, features_without
 from mope_clip.metrics.mope import without_module
@@ -43,6 +48,7 @@ from mope_clip.pruners import (
     plan,
     plan_depth,
     plan_width,
+    stepwise,
 )
 
 WITH_POOLER = ('ViT-B-16-SigLIP', 'PE-Core-B-16', 'PE-Core-bigG-14-448')
@@ -486,3 +492,119 @@ def loss_of(clip, pairs):
     features = task.dense['vision'], task.dense['text'][first]
     loss = clip.contrastive_loss()
     return loss(*features, clip.logit_scale.exp(), logit_bias=clip.logit_bias).item()
+
+
+# ---- what timm can be asked for
+
+PLAIN = dict(scale_mlp=False, scale_attn_inner=False)
+VARIANTS = dict(  # a configuration, options of timm, options of open_clip's vision tower
+    registers=('ViT-B-16-SigLIP', dict(class_token=True, reg_tokens=2), {}),
+    registers_and_token=('MobileCLIP2-L-14', dict(reg_tokens=2, no_embed_class=True), {}),
+    qk_norm=('MobileCLIP2-L-14', dict(qk_norm=True), {}),
+    layer_scale=('MobileCLIP2-L-14', dict(init_values=0.3), {}),
+    images_of_any_size=('ViT-B-16-SigLIP', dict(dynamic_img_size=True), {}),
+    average=('MobileCLIP2-L-14', {}, dict(timm_pool='avg')),
+    most=('MobileCLIP2-L-14', {}, dict(timm_pool='max')),
+    linear_head=('MobileCLIP2-L-14', {}, dict(timm_proj='linear', timm_proj_bias=True)),
+    mlp_head=('MobileCLIP2-L-14', {}, dict(timm_proj='mlp')),
+    swiglu=('EVA02-B-16', dict(scale_mlp=False, scale_attn_inner=False), {}),
+    swiglu_split=(
+        'EVA02-B-16',
+        dict(scale_mlp=False, scale_attn_inner=False, swiglu_align_to=8),
+        {},
+    ),
+    rope_norms=('PE-Core-B-16', dict(qk_norm=True, init_values=0.3), {}),
+    rope_token=('PE-Core-B-16', dict(global_pool='token'), dict(timm_pool='token')),
+)
+
+
+def variant(monkeypatch, name, options, vision):
+    "A small model whose tower of timm has other options"
+    usual, config = timm_options, small_config(name)
+    monkeypatch.setattr(zoo_room, 'timm_options', lambda name: {**usual(name), **options})
+    config['model_cfg']['vision_cfg'] |= vision
+    monkeypatch.setattr(zoo_room, 'small_config', lambda name: config)
+    return small_clip(name)
+
+
+@pytest.mark.parametrize('which', VARIANTS)
+def test_options_of_timm_are_exact_too(zoo, which, monkeypatch):
+    clip = variant(monkeypatch, *VARIANTS[which])
+    images = clip.vision.noise(3).double()
+    before = theirs(clip, 'vision', images)
+    near([clip.encode_image(images, True)], [before])
+    spec = uneven(clip)
+    small = prune(clip, spec)
+    near(embeddings(small), embeddings(masked(clip, spec)))
+    near([small.encode_image(images, True)], [theirs(small, 'vision', images)])
+    small.model.requires_grad_(False)
+    assert cost(small)['vision_macs'] == flops(small.vision, images[:1])
+    net = prune(clip, whole_spec(clip)).vision
+    inputs = LayerInputs(net, images, 2)
+    for layer in range(len(net.stages)):
+        found = features_without(inputs, layer, [('head', 1), ('ffn', 0)], [[0, 3]])
+        for (module, index), features in found.items():
+            smaller = without_module(clip, 'vision', layer, module, index, [0, 3])
+            near([features], [theirs(smaller, 'vision', images)])
+
+
+REFUSED = dict(
+    shared_keys=('PE-Core-B-16', dict(qkv_fused=False, num_kv_heads=2), {}, 'several heads share'),
+    mixed_rope=('PE-Core-B-16', dict(rope_type='mixed'), {}, 'rotary positions'),
+    rope_of_any_size=(
+        'PE-Core-B-16',
+        dict(dynamic_img_size=True),
+        {},
+        'rotary positions that differ',
+    ),
+    patch_dropout=('PE-Core-B-16', {}, dict(patch_dropout=0.5), 'patch dropout beside rotary'),
+    differential=('MobileCLIP2-L-14', dict(attn_layer='diff'), {}, 'DiffAttention'),
+    refined=('ViT-B-16-SigLIP', dict(global_pool='prr'), dict(timm_pool='prr'), "pooling by 'prr'"),
+    parallel=('MobileCLIP2-L-14', dict(block_fn=ParallelScalingBlock), {}, 'ParallelScalingBlock'),
+)
+
+
+@pytest.mark.parametrize('which', REFUSED)
+def test_what_of_timm_is_not_known_is_refused_by_name(zoo, which, monkeypatch):
+    *options, word = REFUSED[which]
+    with pytest.raises(ValueError, match=word):
+        variant(monkeypatch, *options)
+
+
+# ---- tables, stores and clocks
+
+
+def test_a_table_of_a_tower_with_a_pooler_goes_through_a_store_and_a_file(zoo, tmp_path):
+    clip, pairs = zoo('ViT-B-16-SigLIP').copy(), synth_pairs(8)
+    clip.model.float()
+    table = mope(clip, pairs, groups=2, store=tmp_path / 'store')
+    again = mope(clip, pairs, groups=2, store=tmp_path / 'store')
+    pd.testing.assert_frame_equal(table, again)
+    table.to_parquet(tmp_path / 'scores.parquet')
+    read = pd.read_parquet(tmp_path / 'scores.parquet')
+    assert plan_width(read, 0.5) == plan_width(table, 0.5)
+    together = mope(clip, pairs, groups=2, together=True)
+    assert set(together[together.module == 'ffn'].query("tower == 'vision'").layer) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize('name', ['ViT-B-16-SigLIP', 'coca_ViT-B-32', 'RN50', 'roberta-ViT-B-32'])
+def test_every_tower_is_timed(zoo, name):
+    clip = zoo(name).copy()
+    clip.model.float()
+    told = latency(clip, batch=2, min_run_time=0.01)
+    assert told['vision_ms'] > 0 and told['text_ms'] > 0
+    assert clip.text.noise(1).shape[1] == clip.text.context
+
+
+def test_stepwise_planning_and_masks_reach_the_pooler(zoo):
+    clip, pairs = zoo('ViT-B-16-SigLIP').copy(), synth_pairs(8)
+    clip.model.float()
+    spec = stepwise(clip, pairs, keep=0.5, step=0.25, groups=4)
+    assert len(spec.vision[3]['heads']) == 2 and len(spec.layers('vision')) == 3
+    table = learned_masks(clip, synth_pairs(32), pairs_seen=64, batch=16, groups=2)
+    assert (table.query("tower == 'vision' and layer == 3").module == 'head').sum() == 4
+    assert draw_spec(spec) and set(compare(spec, whole_spec(clip)).module) == {
+        'head',
+        'neuron',
+        'layer',
+    }

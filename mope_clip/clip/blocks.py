@@ -217,7 +217,7 @@ class Block(nn.Module):
         "Itself, its attention turned in place into one operator of ONNX where that is the same"
         return self
 
-# %% ../../nbs/02b_blocks.ipynb #71d68698
+# %% ../../nbs/02b_blocks.ipynb #47bf364f
 class Tower(nn.Module):
     "One tower of a model as embed -> blocks -> pool, sharing its parameters"
 
@@ -234,6 +234,11 @@ class Tower(nn.Module):
     def blocks(self) -> nn.ModuleList:
         "Of `Block`, from the first to the last"
         raise NotImplementedError
+
+    @property
+    def context(self) -> int:
+        "How many ids a caption of full length has: its tokens, unless the tower appends some"
+        return self.tokens
 
     @property
     def stages(self) -> list:

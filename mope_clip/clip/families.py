@@ -169,7 +169,7 @@ class NativeVision(Tower):
     def signature(self):
         return [self.net.pool_type, True]
 
-# %% ../../nbs/02d_families.ipynb #175f1436
+# %% ../../nbs/02d_families.ipynb #d3716b2a
 class NativeText(Tower):
     """The text transformer of open_clip, where it is a child of the model and where it is a part of
     it"""
@@ -190,6 +190,10 @@ class NativeText(Tower):
     def appends(self) -> bool:
         "Whether a class token stands behind the caption (CoCa), and is what is pooled"
         return getattr(self.net, 'cls_emb', None) is not None
+
+    @property
+    def context(self):
+        return self.tokens - self.appends
 
     @property
     def pool_type(self) -> str:
@@ -243,10 +247,9 @@ class NativeText(Tower):
     def noise(self, n, generator=None):
         last = len(self.token_table) - 1
         end = self.end_id if self.pool_type == 'eos' and self.end_id is not None else last
-        length = self.tokens - self.appends
-        places = torch.arange(length)
-        ends = torch.randint(1, length, (n, 1), generator=generator)
-        ids = torch.randint(1, last, (n, length), generator=generator)
+        places = torch.arange(self.context)
+        ends = torch.randint(1, self.context, (n, 1), generator=generator)
+        ids = torch.randint(1, last, (n, self.context), generator=generator)
         return ids.masked_fill(places == ends, end).masked_fill(places > ends, 0)
 
     def stem_macs(self, tokens):

@@ -7,7 +7,7 @@ __all__ = ['SETTINGS', 'TOKENIZER_FILES', 'FORMAT', 'CARD', 'OWN', 'OPEN_CLIP_WE
            'write_json', 'saved_config', 'save_clip', 'load_tokenizer', 'read_json', 'check_saved', 'saved_frame',
            'fill_saved', 'load_saved', 'save_open_clip', 'load_open_clip_folder', 'load_hf_folder', 'load_folder']
 
-# %% ../../nbs/02h_folders.ipynb #d2426ae1
+# %% ../../nbs/02h_folders.ipynb #f8979c89
 import hashlib
 import json
 from collections.abc import Callable
@@ -21,7 +21,6 @@ from .convert import from_hf, preprocess_from_hf
 from .model import Clip, build_clip, prune, weights_hash
 from .spec import PruneSpec, full_spec, spec_hash
 from .weights import check_weights, load_strict, read_weights
-from .whole import hf_text
 from ..data.files import first_line, write_folder
 
 # %% ../../nbs/02h_folders.ipynb #4f3c6d24
@@ -50,7 +49,7 @@ def settings_hash(
             digest.update((folder / name).read_bytes())
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/02h_folders.ipynb #d066c66e
+# %% ../../nbs/02h_folders.ipynb #5fc4ec4d
 FORMAT = 1
 CARD = """---
 library_name: mope_clip
@@ -78,9 +77,6 @@ def saved_config(clip: Clip) -> dict:
         'spec': asdict(clip.spec),
         'weights': weights_hash(clip),
     }
-    described = hf_text(clip.text.net)
-    if described:
-        config['hf_text'] = described
     if not hasattr(clip.tokenizer, 'save_pretrained') and not config.get('tokenizer'):
         kind = type(clip.tokenizer).__name__
         if kind != 'SimpleTokenizer':

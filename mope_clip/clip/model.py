@@ -6,7 +6,7 @@
 __all__ = ['layers_of', 'base_of', 'Clip', 'shape_of', 'whole_spec', 'poolers', 'check_fits', 'prune', 'weights_hash', 'class_of',
            'build_clip']
 
-# %% ../../nbs/02g_model.ipynb #a2435c84
+# %% ../../nbs/02g_model.ipynb #7effa5b9
 import hashlib
 from copy import deepcopy
 from pathlib import Path
@@ -20,9 +20,9 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from .blocks import Tower
 from .families import towers_of
 from .spec import TOWERS, PruneSpec, compose, full_spec
-from .whole import at_hand
+from .whole import at_hand, hf_text
 
-# %% ../../nbs/02g_model.ipynb #0369e4c3
+# %% ../../nbs/02g_model.ipynb #c4974f97
 def layers_of(
     tower: Tower,
 ) -> list:  # [heads, neurons] of each layer, and [heads, neurons, 'pooler'] of a pooler
@@ -57,11 +57,13 @@ class Clip:
         config: dict,  # {'name', 'model_cfg', 'preprocess_cfg', ...}
         spec: PruneSpec | None = None,  # None: all is there
     ):
-        self.model, self.config = model, config
+        self.model = model
         self.preprocess, self.tokenizer = preprocess, tokenizer
         towers = towers_of(model)
         self.vision = towers['vision'].train(model.training)
         self.text = towers['text'].train(model.training)
+        described = hf_text(self.text.net)
+        self.config = {**config, 'hf_text': described} if described else config
         self.spec = spec or full_spec({t: base_of(layers_of(self.tower(t))) for t in TOWERS})
 
     def tower(self, name: str) -> Tower:

@@ -118,7 +118,7 @@ class TimmVision(Tower):
     def signature(self):
         return [type(self.trunk).__name__, self.trunk.global_pool]
 
-# %% ../../nbs/02db_timm.ipynb #5453f764
+# %% ../../nbs/02db_timm.ipynb #642bf010
 KNOWN = dict(Block=TimmBlock, EvaBlock=TimmBlock, EvaBlockPostNorm=PostNormBlock)
 ATTENTIONS = 'Attention', 'AttentionRope', 'EvaAttention'
 POOLS = 'token', 'avg', 'avgmax', 'max', 'map'
@@ -129,10 +129,10 @@ def not_known(trunk: nn.Module) -> str | None:
     for block in trunk.blocks:
         if isinstance(block, Block):
             continue
-        kinds = type(block).__name__, type(block.attn).__name__, type(block.mlp).__name__
-        for kind, known in zip(kinds, (KNOWN, ATTENTIONS, READING), strict=True):
-            if kind not in known:
-                return f'its {kind}'
+        parts = block, getattr(block, 'attn', None), getattr(block, 'mlp', None)
+        for part, known in zip(parts, (KNOWN, ATTENTIONS, READING), strict=True):
+            if type(part).__name__ not in known:
+                return f'its {type(part).__name__}'
         if getattr(block.attn, 'gate', None) is not None:
             return 'gated attention'
         if getattr(block.attn, 'num_kv_groups', 1) > 1:

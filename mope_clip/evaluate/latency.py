@@ -37,7 +37,7 @@ def timed(
             runs[name].append(timer.blocked_autorange(min_run_time=min_run_time / rounds))
     return {name: Measurement.merge(found)[0] for name, found in runs.items()}
 
-# %% ../../nbs/03d_latency.ipynb #db628c4e
+# %% ../../nbs/03d_latency.ipynb #74a77187
 def sample_input(
     clip: Clip,
     tower: str,  # 'vision' or 'text'
@@ -46,7 +46,7 @@ def sample_input(
     "Noise in the shape of a batch; captions have full length, as in the count of MACs"
     net = clip.tower(tower)
     if tower == 'text':
-        return torch.ones(batch, net.tokens, dtype=torch.long, device=clip.device)
+        return torch.ones(batch, net.context, dtype=torch.long, device=clip.device)
     return net.noise(batch).to(clip.device, clip.dtype)
 
 

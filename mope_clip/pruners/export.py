@@ -61,7 +61,7 @@ def trace(
         sizes[1] = torch.export.Dim('tokens', max=net.tokens)
     return torch.export.export(net, (probe(clip, tower, 8),), dynamic_shapes=(sizes,))
 
-# %% ../../nbs/05h_export.ipynb #63080bf5
+# %% ../../nbs/05h_export.ipynb #8f99ba58
 def identity(clip: Clip) -> dict:
     "What whoever runs an exported tower must know: preprocessing, logit scale, which weights"
     prepared = {**(clip.config.get('preprocess_cfg') or {}), 'size': clip.vision.image_size}
@@ -72,7 +72,7 @@ def identity(clip: Clip) -> dict:
         weights_hash=weights_hash(clip),
         logit_scale=clip.logit_scale.exp().item(),
         logit_bias=None if bias is None else bias.item(),
-        context_length=clip.text.tokens,
+        context_length=clip.text.context,
         preprocess=asdict(PreprocessCfg(**prepared)),
     )
 
