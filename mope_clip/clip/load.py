@@ -17,6 +17,7 @@ from open_clip.pretrained import get_pretrained_cfg
 from .convert import from_tinyclip
 from .folders import load_folder
 from .model import Clip, build_clip
+from .tokenizers import named_tokenizer
 from .weights import layout, load_strict, read_weights
 from ..data.files import first_line
 
@@ -56,7 +57,7 @@ def load_tag(config: dict, pretrained: str, device: str) -> Clip:
             f'The weights {pretrained} of {name} could not be had ({first_line(e)}): without a '
             'network, pass a checkpoint file as pretrained (--pretrained FILE).'
         ) from e
-    return Clip(model.eval(), preprocess, open_clip.get_tokenizer(name), config)
+    return Clip(model.eval(), preprocess, named_tokenizer(name), config)
 
 
 def load_checkpoint(config: dict, file: Path, device: str) -> Clip:
@@ -69,7 +70,7 @@ def load_checkpoint(config: dict, file: Path, device: str) -> Clip:
             f'{name} has a tower of another library or a decoder ({", ".join(odd)}): '
             'only the ViT and the text transformer of open_clip are supported.'
         )
-    clip = build_clip(config, open_clip.get_tokenizer(name))
+    clip = build_clip(config, named_tokenizer(name))
     load_strict(clip.model, read_weights(file), name)
     clip.model.to(device)
     return clip
@@ -104,7 +105,7 @@ def load_tinyclip(file: Path, device: str) -> Clip:
         preprocess_cfg=dict(mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD),
         tokenizer='ViT-B-32',
     )
-    clip = build_clip(config, open_clip.get_tokenizer('ViT-B-32', context_length=length))
+    clip = build_clip(config, named_tokenizer('ViT-B-32', length))
     load_strict(clip.model, converted.weights, file.name)
     clip.model.to(device)
     return clip

@@ -19,6 +19,7 @@ from open_clip.loss import ClipLoss, SigLipLoss
 from .blocks import Tower
 from .families import towers_of
 from .spec import TOWERS, PruneSpec, compose, full_spec
+from .weights import unwrap
 
 # %% ../../nbs/02g_model.ipynb #ab1fce23
 class Clip:
@@ -180,7 +181,7 @@ def prune(
 def weights_hash(clip: Clip) -> str:  # 16 hex digits
     "A hash of all weights: tells two models apart"
     digest = hashlib.sha256()
-    for name, values in clip.model.state_dict().items():
+    for name, values in unwrap(clip.model.state_dict()).items():  # compiled or not
         digest.update(name.encode())
         flat = values.detach().cpu().reshape(-1).contiguous()
         digest.update(flat.view(torch.uint8).numpy().tobytes())
