@@ -1,12 +1,15 @@
 "The worst day of an operator: foreign code, foreign files, damage of every kind."
 
 import json
+import os
 import re
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import uneven_tiny
+from conftest import run, uneven_tiny
 
 from mope_clip.clip import load_clip, tiny_clip, weights_hash
 from mope_clip.clip.folders import save_open_clip, seal
@@ -192,3 +195,133 @@ def test_transformers_does_not_take_a_pruned_folder_for_a_clip_of_its_own(tmp_pa
     for kind in (AutoModel, CLIPModel):
         with pytest.raises(Exception, match='mope_clip'):
             kind.from_pretrained(tmp_path / 'm')
+
+
+# ---- somebody else's files
+
+
+def says_other(folder, name, text='mine'):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text, encoding='utf-8')
+
+
+@pytest.mark.parametrize(
+    'files',
+    [
+        ['README.md', 'vocab.py'],
+        ['README.md'],
+        ['config.json'],
+        ['config.json', 'README.md', 'model.safetensors'],
+        ['open_clip_config.json'],
+        ['made_by.json'],
+    ],
+)
+def test_a_folder_that_only_looks_like_a_model_is_not_replaced(tiny, tmp_path, files):
+    for name in files:
+        says_other(tmp_path / 'project', name, '{"name": "a project of somebody"}')
+    for save in (tiny.save, lambda folder: save_open_clip(tiny, folder)):
+        with pytest.raises(ValueError, match='choose another folder'):
+            save(tmp_path / 'project')
+    assert sorted(path.name for path in (tmp_path / 'project').iterdir()) == sorted(files)
+
+
+def test_every_kind_of_folder_that_this_library_writes_may_be_replaced_by_another(tiny, tmp_path):
+    for save in (tiny.save, lambda folder: save_open_clip(tiny, folder)) * 2:
+        save(tmp_path / 'm')
+        assert weights_hash(load_clip(tmp_path / 'm'))
+
+
+def test_the_embedded_teachers_may_be_trained_again():
+    from mope_clip.data.files import data_dir, refuse_foreign
+
+    for folder in data_dir().glob('teacher*'):
+        if folder.is_dir():
+            refuse_foreign(folder)
+
+
+def test_a_file_that_comes_while_a_model_is_saved_is_kept(tmp_path):
+    from mope_clip.data.files import write_folder
+
+    folder = tmp_path / 'm'
+    uneven_tiny().save(folder)
+    before = (folder / 'config.json').read_bytes()
+    with says(ValueError, 'holds notes.txt, which saving a model there would delete'):
+        write_folder(folder, lambda new: says_other(folder, 'notes.txt'))
+    assert (folder / 'notes.txt').read_text(encoding='utf-8') == 'mine'
+    assert (folder / 'config.json').read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ['m']
+
+
+def test_the_old_report_stays_until_the_new_one_is_whole(toy_repo, monkeypatch):
+    from mope_clip.report import runner
+
+    old = toy_repo / 'reports' / '20_toy'
+    says_other(old, 'results.json', '{"provenance": {}}')
+    says_other(toy_repo / 'runs', '20_toy.ipynb', 'no notebook at all')
+    monkeypatch.setattr(runner, 'longest_run', lambda results: 0)
+    with pytest.raises(ValueError):
+        runner.store('20_toy', toy_repo / 'runs', old, 'full', 0.0)
+    assert [path.name for path in old.iterdir()] == ['results.json']
+    assert [path.name for path in old.parent.iterdir()] == ['20_toy']
+
+
+@pytest.mark.parametrize('chosen', ['', 'mine'])
+def test_a_run_with_other_parameters_is_not_overwritten_wherever_it_is(toy_repo, chosen):
+    from mope_clip.report.parameters import run_dir
+
+    out_dir = str(toy_repo / chosen) if chosen else ''
+    done = run_dir('20_finetune', 'coco', out_dir) / 'results.json'
+    done.write_text(json.dumps(dict(parameters=dict(keep=0.5, out_dir=out_dir))))
+    run_dir('20_finetune', 'coco', out_dir, dict(keep=0.5, out_dir=out_dir))
+    with says(ValueError, 'holds a finished run with keep 0.5'):
+        run_dir('20_finetune', 'coco', out_dir, dict(keep=0.25, out_dir=out_dir))
+    done.write_text('{')
+    with says(ValueError, 'is no JSON'):
+        run_dir('20_finetune', 'coco', out_dir, dict(keep=0.5, out_dir=out_dir))
+
+
+# ---- what dead processes leave
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mope_clip.data.files import write_atomic, write_folder
+def dies(place):
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[1] == 'file':
+    write_atomic(Path(sys.argv[2]), dies)
+else:
+    write_folder(Path(sys.argv[2]), dies)
+"""
+
+
+@pytest.mark.parametrize('kind', ['file', 'folder'])
+def test_the_next_save_removes_what_killed_ones_left(tmp_path, kind):
+    from mope_clip.data.files import write_atomic, write_folder
+    from mope_clip.data.locks import GRACE
+
+    place = tmp_path / 'm'
+    run(sys.executable, '-c', KILLED, kind, place)
+    left = list(tmp_path.iterdir())
+    assert len(left) == 1 and not place.exists()
+    for path in left:
+        os.utime(path, (0, time.time() - GRACE - 1))
+    if kind == 'file':
+        write_atomic(place, lambda file: file.write(b'whole'))
+    else:
+        write_folder(place, lambda new: says_other(new, 'config.json', '{}'))
+    assert [path.name for path in tmp_path.iterdir()] == ['m']
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path):
+    from mope_clip.data.files import write_atomic
+
+    def slow(file):
+        (hidden,) = tmp_path.iterdir()
+        os.utime(hidden, (0, 0))
+        write_atomic(tmp_path / 'other', lambda other: other.write(b'quick'))
+        file.write(b'slow')
+
+    write_atomic(tmp_path / 'one', slow)
+    texts = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert texts == dict(one=b'slow', other=b'quick')
