@@ -1,15 +1,21 @@
 "The worst day of an operator: foreign code, foreign files, damage of every kind."
 
+import io
+import itertools
 import json
 import os
 import re
 import sys
+import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import run, uneven_tiny
+from conftest import ROOT, run, uneven_tiny
+from PIL import Image
+from samples import add, write_shard
 
 from mope_clip.clip import load_clip, tiny_clip, weights_hash
 from mope_clip.clip.folders import save_open_clip, seal
@@ -325,3 +331,297 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path):
     write_atomic(tmp_path / 'one', slow)
     texts = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert texts == dict(one=b'slow', other=b'quick')
+
+
+# ---- pictures, text and names
+
+
+def saved(picture, kind='PNG', **how):
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **how)
+    return buffer.getvalue()
+
+
+def ramp(dtype, most, side=32):
+    "Grey from black to white"
+    return np.linspace(0, most, side * side).reshape(side, side).astype(dtype)
+
+
+ODD_PICTURES = dict(
+    grey_of_16_bits=saved(Image.fromarray(ramp(np.uint16, 65535))),
+    tiff_of_16_bits=saved(Image.fromarray(ramp(np.uint16, 65535)), 'TIFF'),
+    float_tiff=saved(Image.fromarray(ramp(np.float32, 1.0)), 'TIFF'),
+    float_tiff_to_255=saved(Image.fromarray(ramp(np.float32, 255.0)), 'TIFF'),
+    tiff_of_32_bits=saved(Image.fromarray(ramp(np.int32, 65535)), 'TIFF'),
+)
+
+
+@pytest.mark.parametrize('data', ODD_PICTURES.values(), ids=list(ODD_PICTURES))
+def test_deep_grey_is_grey_for_whoever_reads_it(tiny, tmp_path, data):
+    from mope_clip.data.columns import IMG2DATASET, as_pair
+
+    plain = tiny.preprocess(Image.fromarray(ramp(np.float64, 255).round().astype(np.uint8)))
+    of_stream = as_pair(dict(jpg=data, txt=b'a', __key__='1'), IMG2DATASET)['image']
+    of_set = Image.open(io.BytesIO(data))
+    for picture in (of_stream, of_set):
+        assert (tiny.preprocess(picture) - plain).abs().max() < 0.02
+
+
+def test_a_camera_held_sideways_gives_the_same_picture_to_scoring_and_to_training(tiny, tmp_path):
+    from mope_clip.data import load_labelled
+    from mope_clip.data.columns import IMG2DATASET, as_pair
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.effect_noise((64, 48), 80).convert('RGB')
+    data = saved(picture, 'JPEG', exif=exif)
+    for name in ('a', 'b'):
+        (tmp_path / 'test' / name).mkdir(parents=True)
+        (tmp_path / 'test' / name / '1.jpg').write_bytes(data)
+    streamed = as_pair(dict(jpg=data, txt=b'a', __key__='1'), IMG2DATASET)['image']
+    loaded = load_labelled(str(tmp_path), 'test')[0]['image']
+    assert streamed.size == loaded.size == (48, 64)
+    assert torch.equal(tiny.preprocess(streamed), tiny.preprocess(loaded))
+    assert torch.equal(tiny.preprocess(streamed), tiny.preprocess(Image.open(io.BytesIO(data))))
+
+
+def test_ordinary_pictures_pass_untouched():
+    from mope_clip.data.pictures import upright
+
+    for mode in ('RGB', 'L', 'RGBA', 'P', 'CMYK', '1'):
+        picture = Image.new(mode, (5, 4))
+        assert upright(picture) is picture
+
+
+@pytest.mark.parametrize('size', [(1, 1), (7, 7), (3, 500), (500, 7)])
+def test_a_narrow_jpeg_is_readable(size):
+    from mope_clip.data.pictures import unreadable
+
+    assert unreadable(saved(Image.new('RGB', size), 'JPEG')) == ''
+
+
+def test_no_picture_is_unreadable_and_no_traceback():
+    from mope_clip.data.pictures import unreadable
+
+    assert 'no picture' in unreadable(None) and 'no picture' in unreadable(dict(bytes=None))
+
+
+LITTER = '.ipynb_checkpoints', '__MACOSX', '.Trash-0', '@eaDir', '$RECYCLE.BIN'
+
+
+def test_what_tools_leave_in_an_image_folder_is_no_class(tmp_path):
+    from mope_clip.data import load_labelled
+
+    for name in ('cat', 'dog', *LITTER):
+        (tmp_path / 'test' / name).mkdir(parents=True)
+        for file in ('1.jpg', '._1.jpg'):
+            (tmp_path / 'test' / name / file).write_bytes(saved(Image.new('RGB', (9, 9)), 'JPEG'))
+    found = load_labelled(str(tmp_path), 'test')
+    assert found.features['label'].names == ['cat', 'dog'] and len(found) == 2
+
+
+def test_what_tools_leave_among_shards_and_in_them_is_no_sample(tmp_path):
+    from mope_clip.data.sources import read_tar, shards_of
+
+    shard = write_shard(tmp_path / '0.tar', range(3))
+    (tmp_path / '._0.tar').write_bytes(b'resource fork')
+    assert shards_of(str(tmp_path)) == shards_of(str(tmp_path / '*.tar')) == [str(shard)]
+    with tarfile.open(shard, 'a') as tar:
+        for name in ('._000000003.jpg', '__MACOSX/000000004.jpg', './.hidden/000000005.jpg'):
+            add(tar, name, b'no picture')
+    assert len(list(read_tar(str(shard)))) == 4  # './.hidden' is a folder of somebody
+
+
+def test_no_file_is_opened_in_the_encoding_of_the_locale():
+    import ast
+
+    for path in (ROOT / 'mope_clip').rglob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, 'attr', getattr(node.func, 'id', ''))
+            if name in ('read_text', 'write_text'):
+                words = {word.arg for word in node.keywords}
+                assert 'encoding' in words, f'{path}, line {node.lineno}'
+
+
+def test_text_files_may_begin_with_a_byte_order_mark(tmp_path):
+    from mope_clip.clip import read_spec, save_spec
+    from mope_clip.data.columns import sentences
+
+    mark = b'\xef\xbb\xbf'
+    assert sentences(mark + 'ein Mädchen'.encode()) == ['ein Mädchen']
+    spec = uneven_tiny().spec
+    save_spec(spec, tmp_path / 'spec.json')
+    file = tmp_path / 'spec.json'
+    file.write_bytes(mark + file.read_bytes())
+    assert read_spec(file) == spec
+
+
+# ---- silently wrong numbers
+
+
+def test_one_caption_without_a_list_is_a_caption_and_no_row_of_letters(tiny):
+    from mope_clip.data import synth_pairs
+    from mope_clip.evaluate import retrieval
+    from mope_clip.metrics import mope
+    from mope_clip.report.results import recall_rows
+
+    pairs = synth_pairs(12, captions=1)
+    bare = pairs.remove_columns('captions')
+    bare = bare.add_column('captions', [captions[0] for captions in pairs['captions']])
+    assert isinstance(bare[0]['captions'], str)
+    assert retrieval(tiny, bare) == retrieval(tiny, pairs)
+    assert recall_rows(tiny, bare).equals(recall_rows(tiny, pairs))
+    few = dict(towers='text', modules='layer')
+    assert mope(tiny, bare, **few).score.tolist() == mope(tiny, pairs, **few).score.tolist()
+
+
+@pytest.mark.parametrize('value', [None, 3, [3], [None], {'a': 1}])
+def test_captions_that_are_no_text_are_refused(value):
+    from mope_clip.data.columns import as_captions
+
+    with says(ValueError, 'Captions of an image are text'):
+        as_captions(value)
+
+
+def all_of(shard):
+    "What is read of a shard: good samples, and reasons"
+    from mope_clip.data.sources import read_tar
+
+    found = [row for _, row in read_tar(str(shard))]
+    return [row for row in found if isinstance(row, dict)], [
+        str(row) for row in found if not isinstance(row, dict)
+    ]
+
+
+def test_a_shard_ends_as_tar_files_do(tmp_path):
+    one = write_shard(tmp_path / '1.tar', range(30))
+    two = write_shard(tmp_path / '2.tar', range(30, 40))
+    assert all_of(one)[1] == []
+    content = one.read_bytes()
+    (tmp_path / 'joined.tar').write_bytes(content + two.read_bytes())
+    (tmp_path / 'half.tar').write_bytes(
+        content[: len(content) // 2] + bytes(len(content) - len(content) // 2)
+    )
+    with tarfile.open(one) as tar:
+        place = tar.getmembers()[45].offset
+    (tmp_path / 'zeroed.tar').write_bytes(content[:place] + bytes(512) + content[place + 512 :])
+    for name, reason in (
+        ('joined', 'something follows the end mark'),
+        ('half', 'much of the shard is empty'),
+        ('zeroed', 'something follows the end mark'),
+    ):
+        good, reasons = all_of(tmp_path / f'{name}.tar')
+        assert len(good) < 40 and len(reasons) == 1 and reason in reasons[0], name
+
+
+def test_samples_are_counted_against_what_img2dataset_wrote(tmp_path):
+    shard = write_shard(tmp_path / '00000.tar', range(3))
+    (tmp_path / '00000_stats.json').write_text('{"successes": 3}', encoding='utf-8')
+    assert all_of(shard)[1] == []
+    (tmp_path / '00000_stats.json').write_text('{"successes": 5}', encoding='utf-8')
+    assert all_of(shard)[1] == ['3 samples, and 5 by 00000_stats.json']
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('epochs', [None, 1])
+def test_a_corpus_without_one_sample_ends_in_a_sentence(tmp_path, workers, epochs):
+    from mope_clip.data import stream_pairs
+
+    for k in range(3):
+        write_shard(tmp_path / f'{k}.tar', [])
+    with says(ValueError, 'hold not one sample'):
+        next(iter(stream_pairs(str(tmp_path), workers=workers, epochs=epochs)))
+
+
+def test_an_empty_shard_among_others_is_passed_over(tmp_path):
+    from mope_clip.data import stream_pairs
+
+    write_shard(tmp_path / '0.tar', [])
+    write_shard(tmp_path / '1.tar', range(4))
+    stream = stream_pairs(str(tmp_path))
+    assert len({pair['image_id'] for pair in itertools.islice(stream, 12)}) == 4
+
+
+def test_a_range_of_a_hundred_million_shards_is_refused_at_once():
+    from mope_clip.data.sources import shards_of
+
+    with says(ValueError, 'names 100,000,000 shards'):
+        shards_of('shards/{00000000..99999999}.tar')
+
+
+@pytest.mark.parametrize(
+    ('second', 'sentence'),
+    [
+        (dict(filename='1.jpg', cocoid=2), 'names the same image twice'),
+        (dict(filename='2.jpg', cocoid=1), 'names the same cocoid twice'),
+        (dict(filename='2.jpg', filepath=3), 'has an entry 1 without'),
+        (dict(filename=2), 'has an entry 1 without'),
+    ],
+)
+def test_a_karpathy_file_names_every_image_once(tmp_path, second, sentence):
+    from mope_clip.data import load_pairs
+
+    row = dict(split='test', filename='1.jpg', cocoid=1, sentences=[dict(raw='a dog')])
+    (tmp_path / 'val2014').mkdir()
+    for name in ('1.jpg', '2.jpg'):
+        (tmp_path / 'val2014' / name).write_bytes(saved(Image.new('RGB', (9, 9)), 'JPEG'))
+    file = tmp_path / 'dataset_coco.json'
+    file.write_text(json.dumps(dict(images=[row, {**row, 'cocoid': 2, **second}])))
+    with says(ValueError, sentence):
+        load_pairs('coco', 'test', root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ('change', 'sentence'),
+    [
+        (dict(captions=['a', None]), 'row 1: the column captions has no value'),
+        (dict(image_id=['1', None]), 'row 1: the column image_id has no value'),
+        (dict(image=[None, None]), 'cannot be read'),
+    ],
+)
+def test_empty_cells_of_a_table_are_said_by_their_row(tmp_path, change, sentence):
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    from mope_clip.data import load_pairs
+    from mope_clip.data.files import png
+
+    picture = png(Image.new('RGB', (9, 9)))
+    rows = dict(image=[picture] * 2, captions=['a', 'b'], image_id=['1', '2'])
+    kinds = Features(image=ImageFeature(), captions=Value('string'), image_id=Value('string'))
+    made = Dataset.from_dict({**rows, **change}, features=kinds)
+    made.to_parquet(tmp_path / 'test.parquet')
+    columns = dict(image='image', captions='captions', image_id='image_id')
+    with says(ValueError, sentence):
+        load_pairs(str(tmp_path), 'test', columns=columns)
+
+
+@pytest.mark.parametrize('setting', ['lr', 'warmup', 'weight_decay', 'ema', 'diverged'])
+@pytest.mark.parametrize('value', [float('inf'), float('nan')])
+def test_a_recipe_takes_finite_numbers(setting, value):
+    from mope_clip.distill.recipe import Recipe
+
+    with pytest.raises(ValueError, match=setting):
+        Recipe(pairs_seen=64, **{setting: value})
+
+
+def test_a_logit_scale_that_overflows_is_said(tiny):
+    from mope_clip.data import synth_pairs
+    from mope_clip.metrics import mope
+
+    clip = tiny.copy()
+    with torch.no_grad():
+        clip.logit_scale.fill_(80.0)
+    with says(ValueError, 'The logit scale of the model is'):
+        mope(clip, synth_pairs(8), z='soft_recall', towers='text', modules='layer')
+
+
+def test_a_batch_larger_than_the_set_is_said(tiny):
+    from mope_clip.data import synth_pairs
+    from mope_clip.distill import train
+
+    said = []
+    train(tiny, synth_pairs(8), pairs_seen=16, batch=16, log=said.append)
+    assert any('a batch of 16 is more than the 8 pairs' in line for line in said)

@@ -86,6 +86,11 @@ class Run:
         self.step, self.start, self.history, self.saved = 0, 0, [], None
         self.divergence = DivergenceCheck(recipe.diverged)
         self.batches = Batches(clip, pairs, recipe.batch, recipe.seed, recipe.workers, self.world)
+        if hasattr(pairs, '__len__') and recipe.batch > len(pairs):
+            self.log(
+                f'note: a batch of {recipe.batch} is more than the {len(pairs)} pairs, so pictures '
+                "stand in it several times and count as wrong answers to each other's captions"
+            )
         self.key = run_key(clip, pairs, recipe, teacher, self.world)
         self.check_alike()
         self.cached = self.cached_teacher(teacher, pairs) if self.options.cache else None

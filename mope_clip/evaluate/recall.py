@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..clip import Clip
+from ..data.columns import as_captions, captions_of
 
 # %% ../../nbs/03a_recall.ipynb #0445c4a0
 def images_of(
@@ -134,7 +135,8 @@ def recalls(
 # %% ../../nbs/03a_recall.ipynb #906eb3a8
 def owners(captions: list) -> torch.Tensor:  # of lists of str -> (m,)
     "The image index of each caption, in the order of the flattened captions"
-    return torch.tensor([image for image, own in enumerate(captions) for _ in own])
+    each = enumerate(map(as_captions, captions))
+    return torch.tensor([image for image, own in each for _ in own])
 
 
 def encode_images(
@@ -154,7 +156,7 @@ def encode_captions(
     batch: int = 128,
 ) -> torch.Tensor:  # (m, e), in the order of the flattened captions
     "Text features of captions; equal captions are encoded once, so they tie exactly"
-    flat = [caption for own in captions for caption in own]
+    flat = [caption for own in captions for caption in as_captions(own)]
     distinct = {caption: i for i, caption in enumerate(dict.fromkeys(flat))}
     features = encode(clip, 'text', clip.tokenizer(list(distinct)), batch)
     return features[torch.tensor([distinct[caption] for caption in flat])]
@@ -167,7 +169,7 @@ def retrieval(
 ) -> dict:  # 'TR@1' ... 'IR@10', 'mean_recall', per cent
     """Recall of a model on image-text pairs, the whole set as the gallery; ties count against the
     model"""
-    captions = list(pairs['captions'])
+    captions = captions_of(pairs)
     image_features = encode_images(clip, pairs['image'], batch)
     text_features = encode_captions(clip, captions, batch)
     return recalls(*ranks(image_features, text_features, owners(captions)))

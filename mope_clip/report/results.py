@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..clip import Clip
+from ..data.columns import captions_of
 from ..data.files import write_atomic
 from ..evaluate import cost, encode_captions, encode_images, owners, ranks, recalls
 from ..metrics import HITS, contributions
@@ -29,7 +30,7 @@ def recall_rows(
     pairs,  # columns image, captions
 ) -> pd.DataFrame:  # a row a recall: metric, value and se, per cent
     "The six recalls of a model and their mean, with standard errors over images"
-    captions = list(pairs['captions'])
+    captions = captions_of(pairs)
     images = encode_images(clip, pairs['image'])
     texts, owner = encode_captions(clip, captions), owners(captions)
     exact, rows = recalls(*ranks(images, texts, owner)), []
