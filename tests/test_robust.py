@@ -625,3 +625,120 @@ def test_a_batch_larger_than_the_set_is_said(tiny):
     said = []
     train(tiny, synth_pairs(8), pairs_seen=16, batch=16, log=said.append)
     assert any('a batch of 16 is more than the 8 pairs' in line for line in said)
+
+
+# ---- tables of scores and their stores
+
+
+@pytest.fixture(scope='module')
+def table(tiny):
+    from mope_clip.metrics import random_scores
+
+    return random_scores(tiny)
+
+
+def with_rows(table, rows):
+    "The table with other rows, and what it says of itself"
+    rows.attrs = table.attrs
+    return rows
+
+
+def first_of(table, module):
+    return table[table.module == module].index[0]
+
+
+def damaged(table):
+    "What may happen to a table on its way -> the damaged table and what is said of it"
+    import pandas as pd
+
+    head, group = first_of(table, 'head'), first_of(table, 'ffn')
+    yield 'one head less', table.drop(index=head), 'lacks 1 of 4 heads of'
+    yield 'one group less', table.drop(index=group), 'neurons of vision layer 0'
+    less = table.drop(index=table[table.layer == 1].index)
+    yield 'one layer less', less, 'scores no head of'
+    yield 'a row twice', pd.concat([table, table.loc[[head]]]), 'rates 1 heads of'
+    yield 'a group twice', pd.concat([table, table.loc[[group]]]), 'neurons of vision layer 0'
+    yield 'all twice', pd.concat([table, table]), 'twice'
+    yield 'text', table.assign(score=table.score.map(str)), 'score of the table holds no numbers'
+    yield 'layers as text', table.assign(layer=table.layer.map(str)), 'layer of the table holds no'
+    yield 'other layers', table.assign(layer=table.layer + 1), 'layer'
+    yield 'another head', table.assign(index=table['index'] + 1), 'does not have (4)'
+    yield 'infinite', table.assign(score=table.score.where(table.index != head, np.inf)), 'infinite'
+    yield 'minus infinity', table.assign(score=-np.inf), 'infinite'
+    yield 'no number', table.assign(score=np.nan), 'are NaN'
+    yield 'another tower', table.assign(tower='audio'), "scores a tower 'audio'"
+    yield 'another module', table.assign(module='heads'), "scores a module 'heads'"
+    yield 'no neurons', table.assign(neurons=None), 'FFN groups without neurons'
+    yield 'half a layer', table.assign(layer=table.layer + 0.5), 'no whole numbers'
+
+
+def test_a_table_holds_exactly_the_modules_of_its_model(table):
+    from mope_clip.pruners import plan_depth, plan_width
+
+    plan_width(table, 0.5)
+    plan_depth(table, 0.5)
+    for what, rows, sentence in damaged(table):
+        with pytest.raises(ValueError) as e:
+            plan_width(with_rows(table, rows), 0.5)
+        assert sentence in str(e.value), (what, str(e.value))
+    layers = table[table.module == 'layer']
+    for rows in (layers.iloc[1:], layers.iloc[[0, *range(len(layers))]]):
+        with pytest.raises(ValueError):
+            plan_depth(with_rows(table, rows), 0.5)
+
+
+@pytest.mark.parametrize('shape', [3, dict(vision=3), dict(vision=[[1]]), dict(vision=[['a', 2]])])
+def test_a_table_that_says_nonsense_of_its_model_is_refused(table, shape):
+    from mope_clip.pruners import plan_width
+
+    odd = table.copy()
+    odd.attrs = dict(mope=dict(table.attrs['mope'], shape=shape))
+    with pytest.raises(ValueError):
+        plan_width(odd, 0.5)
+
+
+def test_a_damaged_store_is_scored_again_to_the_same_table(tiny, tmp_path):
+    import pandas as pd
+
+    from mope_clip.data import synth_pairs
+    from mope_clip.metrics import mope
+
+    pairs, few = synth_pairs(6), dict(towers='text', groups=2)
+
+    def scores():
+        return mope(tiny, pairs, store=tmp_path, **few)
+
+    first = scores()
+    (folder,) = tmp_path.iterdir()
+    layer, other = folder / 'text-0.parquet', folder / 'text-1.parquet'
+    modules, z = folder / 'text-modules.json', folder / 'z_dense.json'
+    whole = {path: path.read_bytes() for path in (layer, other, modules, z)}
+
+    def rows_less():
+        pd.read_parquet(layer).iloc[1:].to_parquet(layer)
+
+    def infinite():
+        pd.read_parquet(layer).assign(score=np.inf).to_parquet(layer)
+
+    def fewer_layers():
+        modules.write_text(json.dumps(json.loads(modules.read_bytes())[:1]), encoding='utf-8')
+
+    damages = [
+        rows_less,
+        infinite,
+        fewer_layers,
+        lambda: layer.write_bytes(whole[other]),
+        lambda: layer.write_bytes(whole[layer][:100]),
+        lambda: modules.write_bytes(whole[modules][:20]),
+        lambda: modules.write_text('[[0, 1, 2]]', encoding='utf-8'),
+        lambda: modules.write_text('{}', encoding='utf-8'),
+        lambda: z.write_bytes(b''),
+        lambda: z.write_bytes(b'null'),
+        lambda: z.write_bytes(b'[]'),
+        lambda: z.write_bytes(b'NaN'),
+    ]
+    for damage in damages:
+        damage()
+        again = scores()
+        assert again.drop(columns='neurons').equals(first.drop(columns='neurons'))
+        assert [*again.neurons] == [*first.neurons] and again.attrs == first.attrs

@@ -124,18 +124,9 @@ def prune_arguments(parser: argparse.ArgumentParser):
 
 def read_scores(path: str):  # -> `pandas.DataFrame`
     "A table of scores from a file; `FileNotFoundError` or `ValueError` says how to make one"
-    import pandas as pd
+    from mope_clip.metrics.checked import read_table
 
-    if not Path(path).expanduser().is_file():
-        raise FileNotFoundError(f'There is no table {path}: make it with `mope score`.')
-    scores = pd.read_parquet(path)
-    missing = {'tower', 'module', 'layer', 'index', 'neurons', 'score'} - set(scores)
-    if missing:
-        raise ValueError(
-            f'{path} is no table of scores, it lacks {", ".join(sorted(missing))}: '
-            'make it with `mope score`.'
-        )
-    return scores
+    return read_table(path)
 
 # %% ../../nbs/08b_pipeline.ipynb #0fce9c8c
 def spec_of(options: argparse.Namespace, clip):  # -> `PruneSpec`
