@@ -742,3 +742,191 @@ def test_a_damaged_store_is_scored_again_to_the_same_table(tiny, tmp_path):
         again = scores()
         assert again.drop(columns='neurons').equals(first.drop(columns='neurons'))
         assert [*again.neurons] == [*first.neurons] and again.attrs == first.attrs
+
+
+# ---- full disks, stopped runs, two runs in one folder
+
+FULL_DISK = """
+import resource, sys, traceback
+from pathlib import Path
+import torch
+from mope_clip.clip import save_open_clip, save_spec, tiny_clip
+from mope_clip.distill.checkpoint import write_checkpoint
+from mope_clip.metrics.engine import LayerInputs
+from mope_clip.pruners import export_hf
+place, clip = Path(sys.argv[1]), tiny_clip()
+x = torch.rand(64, 3, 32, 32)
+actions = dict(
+    save=lambda: clip.save(place / 'save'),
+    open_clip=lambda: save_open_clip(clip, place / 'open_clip'),
+    hf=lambda: export_hf(clip, place / 'hf'),
+    checkpoint=lambda: write_checkpoint(place, 'key', dict(step=1, x=torch.rand(9999))),
+    spec=lambda: save_spec(clip.spec, place / 'spec.json'),
+    mapped=lambda: LayerInputs(clip.tower('vision'), x, 64, limit=0),
+)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+for name, action in actions.items():
+    try:
+        action()
+        print(name, 'was written')
+    except OSError as e:
+        print(name, 'OSError', str(e))
+    except BaseException as e:
+        print(name, type(e).__name__, str(e)[:200])
+"""
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
+    found = run(sys.executable, '-W', 'ignore', '-c', FULL_DISK, tmp_path)
+    lines = found.stdout.splitlines()
+    assert len(lines) == 6, found.stdout + found.stderr[-2000:]
+    for line in lines:
+        assert 'OSError There is no room on the disk for' in line, line
+    assert list(tmp_path.iterdir()) == []
+
+
+def stops_at(line):
+    def log(said):
+        if line in said:
+            raise KeyboardInterrupt
+
+    return log
+
+
+def test_a_run_that_was_interrupted_goes_on_from_its_checkpoint_and_says_so(tiny, tmp_path):
+    from mope_clip.data import synth_pairs
+    from mope_clip.distill import distill
+
+    pairs, said = synth_pairs(16), []
+    how = dict(pairs_seen=64, batch=8, checkpoint_every=2, every=4)
+    student = uneven_tiny()
+    before = weights_hash(student)
+    whole = distill(student, tiny, pairs, folder=tmp_path / 'whole', log=said.append, **how)
+    with pytest.raises(KeyboardInterrupt):
+        distill(student, tiny, pairs, folder=tmp_path / 'cut', log=stops_at('32 of 64'), **how)
+    assert weights_hash(student) == before  # a copy was trained
+    said.clear()
+    again = distill(student, tiny, pairs, folder=tmp_path / 'cut', log=said.append, **how)
+    assert any(line.startswith('resumed at step 2 of 8, from') for line in said), said
+    assert weights_hash(again.clip) == weights_hash(whole.clip)
+    whole.clip.save(tmp_path / 'a')
+    again.clip.save(tmp_path / 'b')
+    for file in (tmp_path / 'a').iterdir():
+        assert file.read_bytes() == (tmp_path / 'b' / file.name).read_bytes(), file.name
+
+
+def test_a_finished_run_is_saved_like_one_that_just_ended(tiny, tmp_path):
+    "Its tokenizer too, which remembers whether it was used"
+    from mope_clip.data import synth_pairs
+    from mope_clip.distill import train
+
+    how = dict(pairs_seen=16, batch=8, folder=tmp_path / 'run', log=lambda line: None)
+    for name in ('a', 'b'):
+        train(tiny_clip(), synth_pairs(8), **how).clip.save(tmp_path / name)
+    tiny_clip().save(tmp_path / 'unused')
+    for name in ('tokenizer.json', 'tokenizer_config.json'):
+        texts = {(tmp_path / who / name).read_bytes() for who in ('a', 'b', 'unused')}
+        assert len(texts) == 1, name
+
+
+def test_of_two_runs_in_one_folder_the_second_waits_and_says_for_whom(tmp_path, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from mope_clip.data import locks
+
+    monkeypatch.setattr(locks, 'PATIENCE', 0.1)
+    said, order = [], []
+    with ThreadPoolExecutor(1) as pool:
+        with locks.at_work(tmp_path / 'run'):
+
+            def second():
+                with locks.at_work(tmp_path / 'run', said.append):
+                    order.append('second')
+
+            later = pool.submit(second)
+            time.sleep(0.6)
+            order.append('first')
+        later.result(10)
+    assert order == ['first', 'second']
+    assert len(said) == 1 and f'process {os.getpid()} on' in said[0] and 'waits' in said[0]
+
+
+def test_a_run_holds_its_folder_while_it_works(tiny, tmp_path):
+    from filelock import FileLock, Timeout
+
+    from mope_clip.data import synth_pairs
+    from mope_clip.distill import train
+
+    found = []
+
+    def log(line):
+        for lock in tmp_path.glob('.*.lock'):
+            with pytest.raises(Timeout):
+                FileLock(lock, is_singleton=False).acquire(timeout=0)
+            found.append(lock)
+
+    train(tiny, synth_pairs(8), pairs_seen=16, batch=8, folder=tmp_path, log=log)
+    assert found
+    with FileLock(found[0]).acquire(timeout=0):
+        pass
+
+
+@pytest.mark.parametrize('name', ['score', 'distill', 'report', 'export'])
+def test_ctrl_c_is_one_sentence_that_says_what_is_kept(name, monkeypatch, capsys):
+    from dataclasses import replace
+
+    from mope_clip.cli.registry import COMMANDS, main
+
+    def stopped(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, name, replace(COMMANDS[name], action=stopped))
+    words = dict(score=['m'], distill=['m'], report=['20'], export=['m', '--format', 'hf'])
+    assert main([name, *words[name]]) == 130
+    said = capsys.readouterr().err
+    assert said.startswith('mope: stopped. ') and said.count('\n') == 1
+    assert ('the same command goes on' in said) == (name != 'export')
+
+
+@pytest.mark.parametrize('command', ['evaluate', 'score'])
+def test_a_place_that_cannot_be_written_is_said_before_the_work(command, tmp_path, capsys):
+    from mope_clip.cli.registry import main
+
+    (tmp_path / 'file').touch()
+    for out, why in ((tmp_path, 'it is a folder'), (tmp_path / 'file' / 'x', 'cannot be written')):
+        assert main([command, 'no-such-model', '--out', str(out)]) == 1
+        said = capsys.readouterr().err
+        assert why in said and said.count('\n') == 1, said
+
+
+def test_numbers_are_printed_even_where_they_cannot_be_written(tmp_path, monkeypatch, capsys):
+    from mope_clip.cli import pipeline
+    from mope_clip.cli.registry import main
+    from mope_clip.data import files
+
+    uneven_tiny().save(tmp_path / 'm')
+
+    def full(path, write):
+        raise OSError('There is no room on the disk')
+
+    monkeypatch.setattr(pipeline, 'numbers_of', lambda options, clip: dict(cost=dict(macs=7)))
+    monkeypatch.setattr(files, 'write_atomic', full)
+    assert main(['evaluate', str(tmp_path / 'm'), '--out', str(tmp_path / 'x.json')]) == 1
+    found = capsys.readouterr()
+    assert 'macs 7' in found.out and 'no room' in found.err
+
+
+@pytest.mark.parametrize('text', ['', '{', '[]', 'null', '{"rows": []}', '{"rows": [3]}'])
+def test_one_damaged_result_does_not_stop_the_index(toy_repo, capsys, text):
+    from toy import write_results
+
+    from mope_clip.report.readme import report_names, results_of
+    from mope_clip.report.site import runs_table
+
+    write_results(toy_repo / 'reports' / '20_good', '20_good')
+    says_other(toy_repo / 'reports' / '21_bad', 'results.json', text)
+    assert report_names(ran=True) == ['20_good']
+    assert results_of('21_bad') is None and results_of('20_good')
+    runs_table()
+    said = capsys.readouterr().out
+    assert said.count('21_bad') == 1 and 'damaged' in said

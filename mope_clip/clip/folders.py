@@ -20,7 +20,7 @@ import torch
 from .convert import from_hf, preprocess_from_hf
 from .model import Clip, build_clip, prune, weights_hash
 from .spec import PruneSpec, full_spec, spec_hash
-from .tokenizers import load_tokenizer, refuse_code, tokenizer_options
+from .tokenizers import load_tokenizer, refuse_code, save_tokenizer, tokenizer_options
 from .trust import check_base_sizes, check_sizes, refuse_places, shapes_in
 from .weights import check_weights, load_strict, read_weights, unwrap
 from mope_clip.data.files import (
@@ -110,8 +110,7 @@ def save_clip(clip: Clip, folder: Path):
     config = saved_config(clip)
 
     def write(new: Path):
-        if hasattr(clip.tokenizer, 'save_pretrained'):
-            clip.tokenizer.save_pretrained(str(new))
+        save_tokenizer(clip.tokenizer, new)
         config['settings'] = settings_hash(config, new)
         state = unwrap(clip.model.state_dict())  # of a compiled model too
         weights = {name: x.detach().contiguous() for name, x in state.items()}
@@ -240,8 +239,7 @@ def save_open_clip(
         save_file(weights, new / OPEN_CLIP_WEIGHTS[0])
         settings = {name: clip.config[name] for name in ('model_cfg', 'preprocess_cfg')}
         write_json(settings, new / 'open_clip_config.json', indent=2)
-        if hasattr(clip.tokenizer, 'save_pretrained'):
-            clip.tokenizer.save_pretrained(str(new))
+        save_tokenizer(clip.tokenizer, new)
 
     write_folder(folder, write)
 

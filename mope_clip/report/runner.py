@@ -16,6 +16,7 @@ import re
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from ..data.files import fill_folder, first_line, write_atomic
@@ -170,8 +171,9 @@ def store(
     started: float,
 ):
     "Put what a run made into the folder of its report"
-    old = folder / 'results.json'
-    longest = longest_run(read_results(old)) if old.is_file() else 0
+    longest = 0
+    with suppress(ValueError, OSError):  # there is no older report, or a damaged one
+        longest = longest_run(read_results(folder / 'results.json'))
     made = stored_files(work, started)
 
     def fill(new: Path):
