@@ -930,3 +930,95 @@ def test_one_damaged_result_does_not_stop_the_index(toy_repo, capsys, text):
     runs_table()
     said = capsys.readouterr().out
     assert said.count('21_bad') == 1 and 'damaged' in said
+
+
+# ---- pages of somebody's notebook
+
+HOSTILE = [
+    '<img src=x onerror=alert(1)>',
+    '<a href="javascript:alert(1)">x</a>',
+    '<a href=" java\tscript:alert(1)">x</a>',
+    '<a href="&#106;avascript:alert(1)">x</a>',
+    '<a href="vbscript:x">x</a>',
+    '<a href="data:text/html,<script>alert(1)</script>">x</a>',
+    '<iframe src="https://example.org"></iframe>',
+    '<iframe srcdoc="<script>alert(1)</script>"></iframe>',
+    '<form action="https://example.org"><input name=q><button formaction="javascript:x">',
+    '<meta http-equiv="refresh" content="0;url=https://example.org">',
+    '<object data="x.swf"></object><embed src="x.swf">',
+    '<base href="https://example.org/">',
+    '<link rel=stylesheet href="https://example.org/x.css">',
+    '<svg onload=alert(1)><script>alert(1)</script></svg>',
+    '<math><mtext><a xlink:href="javascript:alert(1)">x</a></mtext></math>',
+    '<math href="javascript:alert(1)">x</math>',
+    '<p style="background: url(https://example.org)">x</p>',
+    '<img src="https://example.org/x.png"><img src="//example.org/x.png">',
+    '<img src="data:image/svg+xml;base64,AAAA" srcset="https://example.org/x.png 2x">',
+    '<video src="https://example.org/x.mp4" autoplay></video>',
+    '<!--><img src=x onerror=alert(1)>-->',
+    '<noscript><p title="</noscript><img src=x onerror=alert(1)>"></noscript>',
+    '<textarea><img src=x onerror=alert(1)></textarea>',
+    '<style>@import "https://example.org/x.css";</style>',
+    '<table background="https://example.org/x.png"><tr><td>x</td></tr></table>',
+    '<custom-element onclick="alert(1)">words</custom-element>',
+]
+
+
+@pytest.mark.parametrize('html', HOSTILE)
+def test_nothing_runs_and_nothing_is_fetched_on_a_page(html):
+    from bs4 import BeautifulSoup
+
+    from mope_clip.report.clean import ATTRIBUTES, FORMULAS, TEXT, clean
+
+    soup = BeautifulSoup(html, 'html.parser')
+    clean(soup)
+    again = BeautifulSoup(str(soup), 'html.parser')  # as a browser sees what was written
+    for tag in again.find_all(True):
+        assert tag.name in {*TEXT, *FORMULAS}
+        assert not [name for name in tag.attrs if name.startswith('on')]
+    said = str(soup).lower()
+    for word in (
+        'javascript:',
+        'vbscript',
+        'example.org',
+        'data:text',
+        'srcset',
+        'svg+xml',
+        '<!--',
+    ):
+        assert word not in said, said
+    assert 'href' in ATTRIBUTES['a']
+
+
+@pytest.mark.parametrize('kind', ['markdown', 'output'])
+def test_a_rendered_notebook_is_clean_whatever_it_holds(toy_repo, kind):
+    from toy import code, prose, write_notebook
+
+    from mope_clip.report.render import render_lesson
+
+    html = '\n\n'.join(HOSTILE)
+    shown = dict(output_type='display_data', metadata={}, data={'text/html': html})
+    cell = prose(html) if kind == 'markdown' else code('1', (), [shown])
+    write_notebook(toy_repo / 'nbs' / '00a_toy.ipynb', prose('# A toy'), cell)
+    page = render_lesson('00a_toy').lower()
+    body = page[page.index('<main') :]
+    for tag in ('<iframe', '<script', '<form', '<meta', '<object', '<base', '<svg', '<input'):
+        assert tag not in body, tag
+    assert 'onerror=' not in re.sub('&lt;.*?&gt;', '', body) and 'href="javascript' not in body
+
+
+def test_names_of_files_are_text_on_the_page(toy_repo):
+    from toy import prose, write_notebook, write_results
+
+    from mope_clip.report.page import entries, provenance_html
+
+    place = toy_repo / 'reports' / '80_toy'
+    for folder in (toy_repo / 'nbs', place):
+        write_notebook(folder / '80_toy.ipynb', prose('# A toy'))
+    write_results(place, '80_toy')
+    (place / '"><img src=x onerror=alert(1)>.csv').touch()
+    odd = toy_repo / 'reports' / '<img src=x onerror=alert(1)>'
+    write_results(odd, 'odd')
+    (entry,) = entries()
+    page = provenance_html(entry)
+    assert '<img' not in page and '&lt;img' in page

@@ -46,7 +46,8 @@ def report_names(
 ) -> list[str]:  # in order of their numbers
     "Templates and reports"
     found = reports_dir().glob('*/results.json')
-    names = {p.parent.name for p in found if is_readable(p, p.stat().st_mtime_ns)}
+    whole = [p for p in found if is_readable(p, p.stat().st_mtime_ns)]
+    names = {p.parent.name for p in whole if re.fullmatch(r'[\w.-]+', p.parent.name)}
     return sorted(names if ran else names | set(template_names()))
 
 
