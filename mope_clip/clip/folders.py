@@ -21,7 +21,13 @@ from .convert import from_hf, preprocess_from_hf
 from .model import Clip, build_clip, prune, weights_hash
 from .spec import PruneSpec, full_spec, spec_hash
 from .tokenizers import load_tokenizer, refuse_code, save_tokenizer, tokenizer_options
-from .trust import check_base_sizes, check_sizes, refuse_places, shapes_in
+from mope_clip.clip.trust import (
+    check_base_sizes,
+    check_sizes,
+    refuse_places,
+    shapes_in,
+    try_out,
+)
 from .weights import check_weights, load_strict, read_weights, unwrap
 from mope_clip.data.files import (
     FAULTS,
@@ -284,11 +290,11 @@ def load_open_clip_folder(folder: Path, device: str) -> Clip:
             f'The weights in {folder} do not fit its configuration: '
             f'{" ".join(str(e).split())[:300]}'
         ) from None
-    hugging = 'hf_tokenizer_name' in config['model_cfg']['text_cfg']
-    if not hugging:
+    if config['model_cfg']['text_cfg'].get('hf_tokenizer_name'):
+        tokenizer = load_tokenizer(folder, config)
+    else:
         config['tokenizer'] = 'ViT-B-32'  # open_clip's own vocabulary
-    no_code = dict(trust_remote_code=False) if hugging else {}
-    tokenizer = open_clip.get_tokenizer(place, **no_code)
+        tokenizer = open_clip.get_tokenizer(place)
     return Clip(model.eval(), preprocess, tokenizer, dict(name=folder.name, **config))
 
 # %% ../../nbs/02h_folders.ipynb #aadc5b35
@@ -327,7 +333,9 @@ def load_folder(
 ) -> Clip:
     "A folder of open_clip, Hugging Face or `Clip.save`; `ValueError`, `FileNotFoundError` by name"
     with in_one_sentence(f'The model in {folder}', 'its files are damaged, copy the folder again'):
-        return load_known_folder(folder, device)
+        clip = load_known_folder(folder, device)
+    try_out(clip, str(folder))
+    return clip
 
 
 def load_known_folder(folder: Path, device: str) -> Clip:

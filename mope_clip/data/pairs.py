@@ -232,7 +232,13 @@ def prompts_of(
     labelled: 'Dataset',  # of `load_labelled`
 ) -> Suite:
     "The class names and templates that go with a labelled set; `ValueError` for one from elsewhere"
-    known, names = about(labelled), tuple(labelled.features['label'].names)
+    named = getattr(labelled.features.get('label'), 'names', None)
+    refuse(
+        not named,
+        'These images have no labels (a column label of type ClassLabel): load them with '
+        'load_labelled.',
+    )
+    known, names = about(labelled), tuple(named)
     if 'templates' in known:
         no_facts = ({},) * len(names)
         return Suite(tuple(known['classes']), no_facts, tuple(known['templates']))

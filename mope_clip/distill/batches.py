@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from ..clip import Clip
+from ..clip.tokenizers import check_ids
 from ..data.columns import as_captions
 from ..data.parallel import World
 from ..data.sources import ahead, permutation
@@ -176,7 +177,9 @@ class Batches:
             for plan, read in ahead((plan for _, plan in pulled), self.read, readers, self.workers):
                 images, captions, places = read
                 self.loader_state = plan.state
-                yield Batch(images, self.clip.tokenizer(captions), places)
+                ids = self.clip.tokenizer(captions)
+                check_ids(ids, self.clip.config)
+                yield Batch(images, ids, places)
         finally:
             for pool in filter(None, (puller, readers)):
                 pool.shutdown(cancel_futures=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..clip import TOWERS
-from ..data.files import in_one_sentence, refuse
+from ..data.files import first_line, in_one_sentence, refuse
 from .table import MODULES
 
 # %% ../../nbs/04ba_checked.ipynb #37cab6d7
@@ -35,7 +35,9 @@ def check_values(scores: pd.DataFrame):
     missing = [name for name in NEEDED if name not in scores]
     refuse(missing, f'This is no table of scores, it lacks {", ".join(missing)}: {AGAIN}.')
     for name, allowed in (('tower', TOWERS), ('module', MODULES)):
-        odd = [value for value in scores[name].unique() if value not in allowed]
+        odd = [
+            value for value in scores[name] if not isinstance(value, str) or value not in allowed
+        ]
         refuse(odd, f'The table scores a {name} {odd[0] if odd else ""!r}: {AGAIN}.')
     for name in ('layer', 'index', 'score'):
         kind = pd.api.types.is_numeric_dtype(scores[name])
@@ -60,7 +62,8 @@ def units_rated(rows: pd.DataFrame, module: str) -> list:
     if module != 'ffn':
         return [int(index) for index in rows['index']]
     refuse(rows.neurons.isna().any(), f'The table has FFN groups without neurons: {AGAIN}.')
-    return [int(neuron) for group in rows.neurons for neuron in group]
+    with in_one_sentence('The column neurons of the table', AGAIN):
+        return [int(neuron) for group in rows.neurons for neuron in group]
 
 
 def check_layer(rows: pd.DataFrame, where: str, module: str, due: range):
@@ -113,8 +116,13 @@ def read_table(path: Path) -> pd.DataFrame:
         f'There is no table {path}: make it with `mope score`.',
         FileNotFoundError,
     )
-    with in_one_sentence(path, 'it is no Parquet file or is damaged: make it with `mope score`'):
+    try:
         scores = pd.read_parquet(path)
+    except Exception as e:  # pyarrow and pandas raise anything where a file is damaged
+        raise ValueError(
+            f'{path} cannot be read ({first_line(e)}): it is no Parquet file or is damaged, make '
+            'it with `mope score`.'
+        ) from None
     missing = [name for name in NEEDED if name not in scores]
     refuse(
         missing,

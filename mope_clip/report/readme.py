@@ -17,10 +17,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..data.files import write_atomic
+from ..data.files import in_one_sentence, write_atomic
 from .provenance import state_of
 from .results import read_results
-from .templates import Template, cells_of, repo_root, source_of, template_names
+from mope_clip.report.templates import (
+    Template,
+    cells_of,
+    read_yaml,
+    repo_root,
+    source_of,
+    template_names,
+)
 
 # %% ../../nbs/07k_readme.ipynb #ab9a0d96
 def reports_dir() -> Path:
@@ -172,11 +179,9 @@ class PaperClaim:
 
 def paper_claims() -> dict[int, PaperClaim]:
     "`nbs/claims.yaml`; empty where there is none"
-    import yaml
-
     path = repo_root() / 'nbs' / 'claims.yaml'
-    found = yaml.safe_load(path.read_text(encoding='utf-8')) if path.is_file() else {}
-    return {number: PaperClaim(**claim) for number, claim in found.items()}
+    with in_one_sentence(path, 'a claim was edited, mend it'):
+        return {number: PaperClaim(**claim) for number, claim in read_yaml(path).items()}
 
 
 def evidence(
