@@ -288,6 +288,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'mope_clip.clip.load.load_tag': ('load.html#load_tag', 'mope_clip/clip/load.py'),
                                      'mope_clip.clip.load.load_tinyclip': ('load.html#load_tinyclip', 'mope_clip/clip/load.py'),
                                      'mope_clip.clip.load.named_config': ('load.html#named_config', 'mope_clip/clip/load.py'),
+                                     'mope_clip.clip.load.note_activation': ('load.html#note_activation', 'mope_clip/clip/load.py'),
                                      'mope_clip.clip.load.tags_of': ('load.html#tags_of', 'mope_clip/clip/load.py')},
             'mope_clip.clip.model': { 'mope_clip.clip.model.Clip': ('model.html#clip', 'mope_clip/clip/model.py'),
                                       'mope_clip.clip.model.Clip.__init__': ('model.html#clip.__init__', 'mope_clip/clip/model.py'),

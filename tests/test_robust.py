@@ -8,6 +8,7 @@ import re
 import sys
 import tarfile
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -1022,3 +1023,48 @@ def test_names_of_files_are_text_on_the_page(toy_repo):
     (entry,) = entries()
     page = provenance_html(entry)
     assert '<img' not in page and '&lt;img' in page
+
+
+def test_a_specification_of_many_keys_is_read_at_once(tmp_path):
+    from mope_clip.clip import read_spec
+
+    file = tmp_path / 'spec.json'
+    keys = ', '.join(f'"{k}": 0' for k in range(20_000))
+    file.write_text('{' + keys + '}', encoding='utf-8')
+    started = time.time()
+    with says(ValueError, 'not a specification of this library'):
+        read_spec(file)
+    assert time.time() - started < 2
+
+
+def test_a_checkpoint_under_a_name_with_two_activations_is_noted(tiny, tmp_path):
+    import open_clip
+
+    cfg = json.loads(json.dumps(tiny.config['model_cfg']))
+    for name in ('hf_tokenizer_name', 'tokenizer_kwargs'):
+        cfg['text_cfg'].pop(name)
+    for name in ('robust-tiny', 'robust-tiny-quickgelu', 'robust-plain'):
+        (tmp_path / f'{name}.json').write_text(json.dumps(cfg), encoding='utf-8')
+        open_clip.add_model_config(tmp_path / f'{name}.json')
+    torch.save(tiny.model.state_dict(), tmp_path / 'w.pt')
+    with pytest.warns(UserWarning, match='robust-tiny-quickgelu'):
+        load_clip('robust-tiny', tmp_path / 'w.pt', device='cpu')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        load_clip('robust-plain', tmp_path / 'w.pt', device='cpu')
+
+
+def test_every_promise_names_tests_that_exist():
+    import ast
+
+    text = (ROOT / 'tests' / 'PROMISES.md').read_text(encoding='utf-8')
+    named = re.findall(r'`(test_\w+\.py)::(test_\w+)`', text)
+    assert len(named) > 40
+    known = {}
+    for file, test in named:
+        if file not in known:
+            tree = ast.parse((ROOT / 'tests' / file).read_text(encoding='utf-8'))
+            known[file] = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert test in known[file], f'{file} has no {test}'
+    rows = [line for line in text.splitlines() if line.startswith('| ') and '---' not in line]
+    assert all('`test_' in row for row in rows if not row.startswith('| promise'))
