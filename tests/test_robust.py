@@ -1054,6 +1054,33 @@ def test_a_checkpoint_under_a_name_with_two_activations_is_noted(tiny, tmp_path)
         load_clip('robust-plain', tmp_path / 'w.pt', device='cpu')
 
 
+def test_a_folder_for_hugging_face_knows_clips_own_words(tmp_path):
+    import open_clip
+    from transformers import AutoTokenizer, CLIPModel
+
+    from mope_clip.clip import build_clip
+    from mope_clip.pruners import export_hf
+
+    sizes = dict(width=32, layers=1)
+    model_cfg = dict(
+        embed_dim=16,
+        vision_cfg=dict(image_size=32, patch_size=8, head_width=8, **sizes),
+        text_cfg=dict(context_length=77, vocab_size=49408, heads=4, **sizes),
+    )
+    ours = build_clip(dict(name='own', model_cfg=model_cfg), open_clip.get_tokenizer('ViT-B-32'))
+    export_hf(ours, tmp_path / 'hf')
+    texts = ['a photo of a dog.', 'Two  CATS, playing!!', 'émigré 日本語', 'x' * 400]
+    words = AutoTokenizer.from_pretrained(tmp_path / 'hf')
+    ids = words(texts, padding='max_length', truncation=True, return_tensors='pt').input_ids
+    assert len({tuple(row) for row in ids.tolist()}) == 4
+    theirs = CLIPModel.from_pretrained(tmp_path / 'hf').eval()
+    with torch.no_grad():
+        found = theirs.get_text_features(input_ids=ids)
+        found = getattr(found, 'pooler_output', found)
+        expected = ours.encode_text(ours.tokenizer(texts))
+    assert (found - expected).abs().max() < 1e-5
+
+
 def test_every_promise_names_tests_that_exist():
     import ast
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKENIZER_OPTIONS', 'PLAIN', 'tokenizer_options', 'refuse_code', 'named_tokenizer', 'load_tokenizer', 'check_ids',
-           'save_tokenizer']
+           'save_tokenizer', 'as_hugging_face', 'save_for_others']
 
 # %% ../../nbs/02ga_tokenizers.ipynb #6072537f
 from collections.abc import Callable
@@ -129,3 +129,26 @@ def save_tokenizer(
         backend.no_truncation()
         backend.no_padding()
     tokenizer.save_pretrained(str(folder))
+
+# %% ../../nbs/02ga_tokenizers.ipynb #ccb51cba
+def as_hugging_face(tokenizer: open_clip.SimpleTokenizer):  # -> `transformers.CLIPTokenizer`
+    "open_clip's own vocabulary as `transformers` has it"
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer(
+        vocab=dict(tokenizer.encoder),
+        merges=list(tokenizer.bpe_ranks),
+        bos_token='<start_of_text>',
+        eos_token='<end_of_text>',
+        unk_token='<end_of_text>',
+        pad_token='<end_of_text>',
+        model_max_length=tokenizer.context_length or 77,
+    )
+
+
+def save_for_others(tokenizer: Callable, folder: Path):
+    "Write the files of a tokenizer for other libraries, open_clip's own vocabulary among them"
+    if isinstance(tokenizer, open_clip.SimpleTokenizer):
+        as_hugging_face(tokenizer).save_pretrained(str(folder))
+    else:
+        save_tokenizer(tokenizer, folder)

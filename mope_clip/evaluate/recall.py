@@ -52,7 +52,7 @@ def encode(
     computed"""
     check_batch(batch)
     if tower == 'text':
-        check_ids(x, clip.config)
+        check_ids(x, getattr(clip, 'config', {}))
     embed = clip.encode_image if tower == 'vision' else clip.encode_text
     order = torch.arange(len(x))
     if tower == 'text':
