@@ -367,6 +367,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'mope_clip/clip/tokenizers.py'),
                                            'mope_clip.clip.tokenizers.named_tokenizer': ( 'tokenizers.html#named_tokenizer',
                                                                                           'mope_clip/clip/tokenizers.py'),
+                                           'mope_clip.clip.tokenizers.quiet_transformers': ( 'tokenizers.html#quiet_transformers',
+                                                                                             'mope_clip/clip/tokenizers.py'),
                                            'mope_clip.clip.tokenizers.refuse_code': ( 'tokenizers.html#refuse_code',
                                                                                       'mope_clip/clip/tokenizers.py'),
                                            'mope_clip.clip.tokenizers.save_for_others': ( 'tokenizers.html#save_for_others',

@@ -1081,6 +1081,13 @@ def test_a_folder_for_hugging_face_knows_clips_own_words(tmp_path):
     assert (found - expected).abs().max() < 1e-5
 
 
+def test_loading_says_nothing_on_the_terminal(tmp_path):
+    uneven_tiny().save(tmp_path / 'm')
+    code = 'import sys; from mope_clip.clip import load_clip; load_clip(sys.argv[1])'
+    found = run(sys.executable, '-W', 'ignore', '-c', code, tmp_path / 'm')
+    assert (found.returncode, found.stdout, found.stderr) == (0, '', '')
+
+
 def test_every_promise_names_tests_that_exist():
     import ast
 
