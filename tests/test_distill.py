@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 from dataclasses import asdict, fields, replace
 
@@ -25,6 +26,7 @@ from mope_clip.clip import (
     whole_spec,
 )
 from mope_clip.data import synth_pairs
+from mope_clip.data.locks import MARK
 from mope_clip.data.parallel import World
 from mope_clip.distill import distill, embedded_teacher, learned_masks, teacher_for, train
 from mope_clip.distill.batches import Batches, choose_caption
@@ -897,7 +899,9 @@ def test_there_may_be_no_checkpoint(tmp_path):
 
 
 def test_two_checkpoints_are_kept_and_what_killed_writers_left_is_dropped(tmp_path):
-    (tmp_path / '.run-000000004.pt-x1').write_text('of a writer that was killed')
+    killed = tmp_path / f'.run-000000004.pt{MARK}12345678'
+    killed.write_text('of a writer that was killed')
+    os.utime(killed, (0, 0))
     for step in (1, 2, 3):
         newest = write_checkpoint(tmp_path, 'run', dict(step=step, random=random_state()))
     assert len(list(tmp_path.iterdir())) == 2

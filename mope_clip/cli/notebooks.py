@@ -45,7 +45,12 @@ def run_arguments(parser: argparse.ArgumentParser):
     parameter_arguments(parser)
 
 
-@command('run', 'execute a notebook of nbs/ into runs/', run_arguments)
+@command(
+    'run',
+    'execute a notebook of nbs/ into runs/',
+    run_arguments,
+    'Models, scores and checkpoints that are finished are kept: the same command goes on.',
+)
 def run(options: argparse.Namespace) -> str:
     "Execute a notebook into its run folder; what it prints is shown here, its headline last"
     from mope_clip.report.runner import run_notebook, scale_parameters
@@ -71,7 +76,12 @@ def report_arguments(parser: argparse.ArgumentParser):
     parameter_arguments(parser)
 
 
-@command('report', 'execute a notebook of nbs/ into reports/', report_arguments)
+@command(
+    'report',
+    'execute a notebook of nbs/ into reports/',
+    report_arguments,
+    'The old report is as it was, and finished pieces are kept: the same command goes on.',
+)
 def report(options: argparse.Namespace) -> str:
     "One report, or all that are stale or missing, and the page over them"
     from mope_clip.report.runner import report as make_report

@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 from mope_clip.cli.registry import (
+    check_file,
     check_out,
     check_weights,
     command,
@@ -55,6 +56,7 @@ def score_arguments(parser: argparse.ArgumentParser):
     'score heads, FFN groups and layers; '
     'what is finished is kept, so that a run that was stopped goes on',
     score_arguments,
+    'Finished layers are kept beside OUT, in OUT without its ending: the same command goes on.',
 )
 def score(options: argparse.Namespace) -> str:
     "Scores into a Parquet table"
@@ -62,6 +64,7 @@ def score(options: argparse.Namespace) -> str:
     from mope_clip.data.files import write_atomic
     from mope_clip.metrics import score_by
 
+    check_file(options.out)
     out, clip = Path(options.out).expanduser(), load_named(options)
     pairs = load_pairs(options.task, options.split, options.images, options.data_root)
     table = score_by(
@@ -124,18 +127,9 @@ def prune_arguments(parser: argparse.ArgumentParser):
 
 def read_scores(path: str):  # -> `pandas.DataFrame`
     "A table of scores from a file; `FileNotFoundError` or `ValueError` says how to make one"
-    import pandas as pd
+    from mope_clip.metrics.checked import read_table
 
-    if not Path(path).expanduser().is_file():
-        raise FileNotFoundError(f'There is no table {path}: make it with `mope score`.')
-    scores = pd.read_parquet(path)
-    missing = {'tower', 'module', 'layer', 'index', 'neurons', 'score'} - set(scores)
-    if missing:
-        raise ValueError(
-            f'{path} is no table of scores, it lacks {", ".join(sorted(missing))}: '
-            'make it with `mope score`.'
-        )
-    return scores
+    return read_table(path)
 
 # %% ../../nbs/08b_pipeline.ipynb #0fce9c8c
 def spec_of(options: argparse.Namespace, clip):  # -> `PruneSpec`
@@ -222,6 +216,7 @@ SETTINGS = (
     'recover a pruned model from the unpruned one; '
     'a run that was stopped goes on from its last checkpoint',
     distill_arguments,
+    'The last checkpoint is kept in OUT-run: the same command goes on from it.',
 )
 def distill(options: argparse.Namespace) -> str:
     "Recovery into a folder"
@@ -242,7 +237,13 @@ def distill(options: argparse.Namespace) -> str:
         student, teacher, pairs, options.stage, folder=run, every=options.every, **settings
     )
     if processes(recovered.clip.device).main:  # under torchrun, one process writes
-        recovered.clip.save(options.out)
+        try:
+            recovered.clip.save(options.out)
+        except OSError as e:
+            raise OSError(
+                f'{e} The last checkpoint is kept in {run}: the same command saves the model from '
+                'it, without training.'
+            ) from None
     return f'model:   {options.out}'
 
 # %% ../../nbs/08b_pipeline.ipynb #74e4fd12
@@ -302,25 +303,24 @@ def numbers_of(options: argparse.Namespace, clip) -> dict:  # what -> its number
     'recall (per cent), zero-shot accuracy (per cent), parameters, multiply-accumulates, latency',
     evaluate_arguments,
 )
-def evaluate(options: argparse.Namespace) -> str:
+def evaluate(options: argparse.Namespace):
     "All numbers of a model, printed and written"
     from mope_clip.clip import weights_hash
     from mope_clip.data.files import write_atomic
 
+    check_file(options.out)
     check_evaluation(options)
     clip = load_named(options)
-    if options.out:
-        Path(options.out).expanduser().parent.mkdir(parents=True, exist_ok=True)
     found = numbers_of(options, clip)
-    if options.out:
-        told = dict(model=options.model, weights=weights_hash(clip), **found)
-        text = json.dumps(told, indent=1, default=str)
-        write_atomic(options.out, lambda file: file.write(text.encode()))
     lines = []
     for what, numbers in found.items():
         said = ', '.join(f'{name} {shown(value)}' for name, value in numbers.items())
         lines.append(f'{what}: {said}')
-    return '\n'.join(lines)
+    print('\n'.join(lines), flush=True)  # before they are written, since a disk may be full
+    if options.out:
+        told = dict(model=options.model, weights=weights_hash(clip), **found)
+        text = json.dumps(told, indent=1, default=str)
+        write_atomic(options.out, lambda file: file.write(text.encode()))
 
 # %% ../../nbs/08b_pipeline.ipynb #c9b12dd5
 def export_arguments(parser: argparse.ArgumentParser):

@@ -318,11 +318,12 @@ def save_spec(spec: PruneSpec, path: Path):
 # %% ../../nbs/02a_spec.ipynb #78dbb7e4
 def keys_once(items: list) -> dict:  # of (key, value)
     "A JSON object; `ValueError` where a key stands in it twice"
-    keys = [key for key, _ in items]
-    twice = [key for key in keys if keys.count(key) > 1]
-    if twice:
-        raise ValueError(f'{twice[0]!r} stands in it twice')
-    return dict(items)
+    found = {}
+    for key, value in items:
+        if key in found:
+            raise ValueError(f'{key!r} stands in it twice')
+        found[key] = value
+    return found
 
 
 def check_file(
@@ -355,7 +356,7 @@ def read_spec(path: Path) -> PruneSpec:
             f'There is no file {path}: pass a specification written by save_spec.'
         )
     try:
-        content = json.loads(path.read_text(encoding='utf-8'), object_pairs_hook=keys_once)
+        content = json.loads(path.read_text(encoding='utf-8-sig'), object_pairs_hook=keys_once)
     except (ValueError, RecursionError) as e:
         raise ValueError(
             f'{path} is no JSON of a specification ({e}): the file is damaged or of another kind.'

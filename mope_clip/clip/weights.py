@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'HF_WEIGHTS', 'CONTAINERS', 'TINYCLIP', 'DROPPED', 'STEMS', 'unwrap', 'read_file', 'why_not',
-           'weight_files', 'tensors_in', 'read_weights', 'layout', 'dropped', 'differences', 'check_weights',
-           'shapes_of', 'load_strict', 'blocks_size', 'tower_sizes']
+           'shard_names', 'weight_files', 'tensors_in', 'read_weights', 'layout', 'dropped', 'differences',
+           'check_weights', 'shapes_of', 'load_strict', 'blocks_size', 'tower_sizes']
 
 # %% ../../nbs/02e_weights.ipynb #f03a2bb8
 import argparse
-import json
 import re
 import zipfile
 from copy import deepcopy
@@ -19,6 +18,8 @@ import open_clip
 import torch
 import torch.nn as nn
 from open_clip.model import convert_to_custom_text_state_dict
+
+from ..data.files import read_json, refuse
 
 # %% ../../nbs/02e_weights.ipynb #8638db4b
 # of DistributedDataParallel, torch.compile, FSDP and activation checkpointing
@@ -76,6 +77,22 @@ HF_WEIGHTS = (
 )
 
 
+def shard_names(index: Path) -> list:
+    "The files that an index names, all of its own folder; `ValueError` where it is no index"
+    shards = read_json(index).get('weight_map')
+    named = list(shards.values()) if isinstance(shards, dict) else []
+    refuse(
+        not named or not all(isinstance(name, str) and name for name in named),
+        f'{index} names no files of weights in its weight_map: copy or download it again.',
+    )
+    for name in sorted(set(named)):
+        refuse(
+            Path(name).name != name,
+            f'{index} names {name!r}, which lies outside its folder: nothing else is read for it.',
+        )
+    return sorted(set(named))
+
+
 def weight_files(path: Path) -> list:  # of paths
     "A file itself, or the weights of a folder in Hugging Face's layout; `FileNotFoundError`"
     if path.is_file():
@@ -89,8 +106,7 @@ def weight_files(path: Path) -> list:  # of paths
     first = there[0]
     if first.suffix != '.json':
         return [first]
-    index = json.loads(first.read_text(encoding='utf-8'))
-    shards = [path / name for name in sorted(set(index['weight_map'].values()))]
+    shards = [path / name for name in shard_names(first)]
     for shard in shards:
         if not shard.is_file():
             raise FileNotFoundError(

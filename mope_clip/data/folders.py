@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from .corpora import SPLIT_NAMES, checked, few
 from .files import as_dataset, data_dir, refuse
+from .pictures import is_data
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,11 +58,19 @@ def _files_of_classes(folder: Path) -> dict:  # class folder -> its files, both 
     "The images of every class; `FileNotFoundError` where a class has none"
     files = {}
     for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            inside = sorted(path.iterdir())
+        if path.is_dir() and is_data(path):
+            inside = sorted(file for file in path.iterdir() if is_data(file))
             files[path.name] = [file for file in inside if file.suffix.lower() in EXTENSIONS]
     put = 'put the images into <root>/<split>/<class>/.'
     refuse(not files, f'{folder} holds no class folders: {put}', FileNotFoundError)
+    names = [*files, *(file.name for found in files.values() for file in found)]
+    # bytes that are no UTF-8 stand as halves of letters in what Python reads
+    odd = [name for name in names if any('\ud800' <= letter <= '\udfff' for letter in name)]
+    refuse(
+        odd,
+        f'{folder} holds {len(odd)} names that are no text ({few(map(ascii, odd))}): rename them, '
+        'for example with `convmv`.',
+    )
     empty = [name for name, found in files.items() if not found]
     refuse(
         empty,

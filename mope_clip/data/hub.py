@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from .columns import pick, sentences
 from .corpora import SPLIT_NAMES, checked, few
-from .files import refuse
+from .files import first_line, refuse
+from .pictures import is_data
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,7 +29,8 @@ def is_hf(
         return not str(root).endswith('.tar')
     patterns = '*.parquet', '*/*.parquet', 'dataset_dict.json', 'state.json'
     folder = Path(root).expanduser()
-    return any(path for pattern in patterns for path in folder.glob(pattern))
+    found = (path for pattern in patterns for path in folder.glob(pattern))
+    return any(is_data(path) and is_data(path.parent) for path in found)
 
 
 def open_hf(
@@ -54,8 +56,9 @@ def open_hf(
             found = load_from_disk(str(folder))
         else:
             found = load_dataset(str(folder or name), streaming=streaming, **version)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # `datasets` has errors of its own, and a damaged file raises any
+        known = isinstance(error, (OSError, ValueError, RuntimeError)) and str(error)
+        reason = str(error).splitlines()[0] if known else first_line(error)
         raise FileNotFoundError(
             f'{root} cannot be opened as a Hugging Face data set: {reason}'
         ) from error
@@ -103,13 +106,31 @@ def _rows_of_split(parts: dict, split: str, named: str | None) -> 'Dataset':
     return concatenate_datasets(wanted or [nothing])
 
 
-def _texts(rows: list, columns: dict) -> 'Dataset':  # with columns captions, image_id
-    "The first five captions and the id of every row"
+def _value(root: str | Path, k: int, row: dict, column: object) -> object:
+    "The value of a column in a row; `ValueError` says which row has none"
+    try:
+        return pick(row, column)
+    except Exception as error:  # whatever a mapping raises where a field is not there
+        why = first_line(error)
+        raise ValueError(f'{root}, row {k}: the column {column} has no value ({why}).') from None
+
+
+def _captions(root: str | Path, k: int, row: dict, column: object) -> list:
+    "The first five captions of a row; `ValueError` where they are no text"
+    value = _value(root, k, row, column)
+    try:
+        return sentences(value)[:5]
+    except ValueError as error:
+        raise ValueError(f'{root}, row {k}: {error}.') from None
+
+
+def _texts(root: str | Path, rows: list, columns: dict) -> 'Dataset':
+    "The first five captions and the id of every row, in columns captions and image_id"
     from datasets import Dataset, Features, List, Value
 
     texts = dict(
-        captions=[sentences(pick(row, columns['captions']))[:5] for row in rows],
-        image_id=[str(pick(row, columns['image_id'])) for row in rows],
+        captions=[_captions(root, k, row, columns['captions']) for k, row in enumerate(rows)],
+        image_id=[str(_value(root, k, row, columns['image_id'])) for k, row in enumerate(rows)],
     )
     kinds = Features(captions=List(Value('string')), image_id=Value('string'))
     return Dataset.from_dict(texts, features=kinds)
@@ -147,9 +168,9 @@ def load_hf(
     image = _image_column(root, columns, data)
     rows = list(data.remove_columns(image))
     if named:
-        splits = [pick(row, named) for row in rows]
-        keep = [i for i, name in enumerate(splits) if name in SPLIT_NAMES[split]][:n]
-        there = Counter(splits)
+        splits = [_value(root, k, row, named) for k, row in enumerate(rows)]
+        keep = [i for i, name in enumerate(splits) if str(name) in SPLIT_NAMES[split]][:n]
+        there = Counter(map(str, splits))
     else:
         keep, there = list(range(len(rows)))[:n], {name: len(part) for name, part in parts.items()}
     refuse(
@@ -157,7 +178,7 @@ def load_hf(
         f'{root} holds no image of the {split} split: it has {", ".join(map(str, there))}; '
         f'{" and ".join(SPLIT_NAMES[split])} would do.',
     )
-    texts = _texts(rows, columns)
+    texts = _texts(root, rows, columns)
     image_ids = list(texts['image_id'])
     _refuse_one_row_a_caption(root, [image_ids[i] for i in keep])
     pictures = data.select_columns(image)

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from .columns import IMG2DATASET
 from .corpora import KARPATHY, SPLIT_NAMES, about, load_karpathy
 from .facts import draw_scene
-from .files import as_dataset, as_pairs, data_dir, digest, png, refuse
+from .files import as_dataset, as_pairs, data_dir, digest, png, read_json, refuse
 from .folders import load_folder
 from .hub import is_hf, load_hf, open_hf
 from mope_clip.data.scenes import (
@@ -49,13 +49,20 @@ def _is_place(task: str, split: str, names: tuple) -> bool:
 
 def _mapping(columns: dict | str | None) -> dict | None:
     "A column mapping from a dict, from JSON, or None"
+    wrong = (
+        'The columns are a mapping as JSON, {"image": "image", "captions": "caption", '
+        f'"image_id": "img_id"}}, not {columns!r}.'
+    )
     try:
-        return (json.loads(columns) if isinstance(columns, str) and columns else columns) or None
-    except ValueError:
-        raise ValueError(
-            'The columns are a mapping as JSON, {"image": "image", "captions": "caption", '
-            f'"image_id": "img_id"}}, not {columns!r}.'
-        ) from None
+        found = (json.loads(columns) if isinstance(columns, str) and columns else columns) or None
+    except (ValueError, RecursionError):
+        raise ValueError(wrong) from None
+    if found is not None:
+        named = isinstance(found, dict) and all(
+            isinstance(x, str) or callable(x) for x in found.values()
+        )
+        refuse(not named, wrong)
+    return found
 
 
 def load_pairs(
@@ -154,8 +161,10 @@ def _written(shards: list) -> str:
     paths = [Path(str(shard).removesuffix('.tar') + '_stats.json') for shard in shards]
     if not all(path.is_file() for path in paths):
         return ''
-    stats = [json.loads(path.read_text(encoding='utf-8')) for path in paths]
-    return f', {sum(found["successes"] for found in stats):,} pairs by their _stats.json'
+    wrote = [read_json(path).get('successes') for path in paths]
+    if not all(isinstance(n, int) for n in wrote):
+        return ''
+    return f', {sum(wrote):,} pairs by their _stats.json'
 
 
 def stream_pairs(
@@ -223,7 +232,13 @@ def prompts_of(
     labelled: 'Dataset',  # of `load_labelled`
 ) -> Suite:
     "The class names and templates that go with a labelled set; `ValueError` for one from elsewhere"
-    known, names = about(labelled), tuple(labelled.features['label'].names)
+    named = getattr(labelled.features.get('label'), 'names', None)
+    refuse(
+        not named,
+        'These images have no labels (a column label of type ClassLabel): load them with '
+        'load_labelled.',
+    )
+    known, names = about(labelled), tuple(named)
     if 'templates' in known:
         no_facts = ({},) * len(names)
         return Suite(tuple(known['classes']), no_facts, tuple(known['templates']))

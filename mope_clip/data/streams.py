@@ -213,6 +213,7 @@ def pairs_in_turn(stream: Stream) -> Iterator:
         mine = mine[worker.id :: worker.num_workers]
     pool = ThreadPoolExecutor(stream.workers) if stream.workers else None
     depth = max(1, 2 * stream.workers // max(1, len(mine)))
+    begun = any(now.counts()) or now.rows or stream.start.lanes[mine[0]].place.epoch if mine else 1
     try:
         readers = deque(good_pairs(stream, lane, now, pool, depth) for lane in mine)
         readers.rotate(-(now.rows // stream.world))
@@ -222,6 +223,10 @@ def pairs_in_turn(stream: Stream) -> Iterator:
                 now.rows += stream.world
                 readers.append(reader)
                 yield pair
+        refuse(
+            not begun and not any(now.counts()) and stream.epochs != 0,
+            f'{stream.name}: its shards hold not one sample, so there is nothing to read.',
+        )
     finally:
         if pool:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 
 from ..clip import Clip
+from ..clip.tokenizers import check_ids
+from ..data.columns import as_captions
 from ..data.parallel import World
 from ..data.sources import ahead, permutation
 
@@ -159,11 +161,11 @@ class Batches:
         if not self.is_stream:
             rows, where = [self.pairs[place] for place in plan.rows], plan.rows
         drawn = [
-            choose_caption(row['captions'], self.seed, position)
+            choose_caption(as_captions(row['captions']), self.seed, position)
             for row, position in zip(rows, plan.positions, strict=True)
         ]
         images = torch.stack([self.clip.preprocess(row['image']) for row in rows])
-        captions = [row['captions'][k] for row, k in zip(rows, drawn, strict=True)]
+        captions = [as_captions(row['captions'])[k] for row, k in zip(rows, drawn, strict=True)]
         return images, captions, torch.tensor(list(zip(where, drawn, strict=True)))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -175,7 +177,9 @@ class Batches:
             for plan, read in ahead((plan for _, plan in pulled), self.read, readers, self.workers):
                 images, captions, places = read
                 self.loader_state = plan.state
-                yield Batch(images, self.clip.tokenizer(captions), places)
+                ids = self.clip.tokenizer(captions)
+                check_ids(ids, self.clip.config)
+                yield Batch(images, ids, places)
         finally:
             for pool in filter(None, (puller, readers)):
                 pool.shutdown(cancel_futures=True)

@@ -79,10 +79,8 @@ def write_checkpoint(folder: Path, key: str, state: dict, keep: int = 2) -> Path
     "Write the state of a step into place when it is whole, and drop all but the last `keep`"
     path = Path(folder) / f'{key}-{state["step"]:09d}.pt'
     write_atomic(path, lambda f: torch.save(state, f))
-    outdated = sorted(path.parent.glob(f'{key}-*.pt'))[:-keep]
-    abandoned = path.parent.glob(f'.{key}-*')  # by writers that were killed
-    for old in (*outdated, *abandoned):
-        old.unlink(missing_ok=True)
+    for outdated in sorted(path.parent.glob(f'{key}-*.pt'))[:-keep]:
+        outdated.unlink(missing_ok=True)
     return path
 
 # %% ../../nbs/06g_checkpoint.ipynb #19aa891a

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..clip import Clip, weights_hash
+from ..data.columns import captions_of
 from ..data.files import write_atomic
 from ..evaluate import encode_captions, encode_images
 
@@ -126,7 +127,7 @@ class CachedTeacher:
             )
         from safetensors.torch import load_file
 
-        captions = list(pairs['captions'])
+        captions = captions_of(pairs)
         self.path = Path(folder) / f'teacher-{embeddings_key(teacher, pairs)}.safetensors'
         if not self.path.is_file():
             log(

@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['training_step', 'check_losses', 'optimizer_step', 'Clock', 'validate', 'add_point', 'point_in_words',
-           'checkpoint_is_due', 'run_steps', 'finish', 'fit']
+           'checkpoint_is_due', 'run_steps', 'finish', 'alone', 'fit']
 
 # %% ../../nbs/06j_loop.ipynb #7fdfbe3b
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
 from ..clip import Clip
+from ..data.locks import at_work
 from .recipe import Recipe, learning_rate, set_learning_rate
 from .run import Run, RunOptions, Training, resume, resume_point, save_checkpoint
 from .shard import clip_gradients, get_state, own_slice
@@ -191,6 +194,13 @@ def finish(run: Run, pairs):
         run.clip.model.load_state_dict(whole)
 
 # %% ../../nbs/06j_loop.ipynb #1eb0e601
+def alone(run: Run):  # a context
+    "Inside, no other process trains the same run in the same folder; who waits says for whom"
+    if not run.options.folder or not run.world.main:
+        return nullcontext()
+    return at_work(Path(run.options.folder).expanduser() / run.key, run.log)
+
+
 def fit(
     clip: Clip,  # stays as it is: a copy is trained
     pairs,  # a data set or a stream of pairs
@@ -200,13 +210,14 @@ def fit(
 ) -> Training:
     "Train a copy of `clip`; `FloatingPointError` where the loss leaves the path"
     run = Run(clip, pairs, recipe, teacher, RunOptions(**options))
-    if run.options.folder:
-        resume(run)
-    feed = iter(run.batches)
-    try:
-        run_steps(run, feed)
-        finish(run, pairs)
-    finally:
-        feed.close()
-        run.close()
+    with alone(run):
+        if run.options.folder:
+            resume(run)
+        feed = iter(run.batches)
+        try:
+            run_steps(run, feed)
+            finish(run, pairs)
+        finally:
+            feed.close()
+            run.close()
     return Training(run.clip, run.world.share(run.history))

@@ -68,6 +68,8 @@ def check_types(recipe: Recipe):
         if number and (isinstance(value, bool) or not isinstance(value, number)):
             whole = 'whole ' if kind is int else ''
             raise ValueError(f'{setting.name} is a {whole}number, not {value!r}.')
+        if number and setting.name != 'clip_norm' and not math.isfinite(value):
+            raise ValueError(f'{setting.name} is a finite number, not {value!r}.')
         if kind is tuple and not isinstance(value, tuple | list):
             raise ValueError(f'{setting.name} are several numbers, not {value!r}.')
 
@@ -97,7 +99,8 @@ def check_training(recipe: Recipe):
         raise ValueError(f'warmup is a share of the steps, at least 0 and below 1, not {r.warmup}.')
     if not 0 <= r.final <= 1:
         raise ValueError(f'final is a share of the peak rate, from 0 to 1, not {r.final}.')
-    if len(r.betas) != 2 or not all(0 <= beta < 1 for beta in r.betas):
+    numbers = all(isinstance(beta, Real) for beta in r.betas)
+    if len(r.betas) != 2 or not numbers or not all(0 <= beta < 1 for beta in r.betas):
         raise ValueError(f'betas are two numbers from 0 to below 1, not {r.betas}.')
     if not 0 <= r.ema < 1:
         raise ValueError(f'ema is a decay from 0 to below 1, not {r.ema}.')

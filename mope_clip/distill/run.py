@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..clip import TOWERS, Clip
+from ..data.files import refuse
 from ..data.parallel import processes
 from .batches import Batches
 from mope_clip.distill.checkpoint import (
@@ -43,6 +44,15 @@ class RunOptions:
     cache: Path | None = None  # keeps the teacher's embeddings of a data set, for runs without hidn
     checkpoint_every: int = 50  # steps between two checkpoints
     checkpoint_seconds: float = 60.0  # and time, whichever comes first
+
+    def __post_init__(self):
+        for name, least in (('every', 0), ('checkpoint_every', 1)):
+            count = getattr(self, name)
+            whole = isinstance(count, int) and not isinstance(count, bool)
+            refuse(
+                not whole or count < least,
+                f'{name} is a number of steps, at least {least}, not {count!r}.',
+            )
 
 
 def split_settings(settings: dict) -> tuple[dict, dict]:
@@ -86,6 +96,11 @@ class Run:
         self.step, self.start, self.history, self.saved = 0, 0, [], None
         self.divergence = DivergenceCheck(recipe.diverged)
         self.batches = Batches(clip, pairs, recipe.batch, recipe.seed, recipe.workers, self.world)
+        if hasattr(pairs, '__len__') and recipe.batch > len(pairs):
+            self.log(
+                f'note: a batch of {recipe.batch} is more than the {len(pairs)} pairs, so pictures '
+                "stand in it several times and count as wrong answers to each other's captions"
+            )
         self.key = run_key(clip, pairs, recipe, teacher, self.world)
         self.check_alike()
         self.cached = self.cached_teacher(teacher, pairs) if self.options.cache else None

@@ -127,7 +127,7 @@ def kept_teacher(
     "A named model, fine-tuned on a task once; `ValueError` where another lies in its folder"
     _, that_matter = split_settings(settings)
     made, record = made_by(task, model, pretrained, data, that_matter), folder / 'made_by.json'
-    was = json.loads(record.read_text()) if record.is_file() else made
+    was = json.loads(record.read_text(encoding='utf-8')) if record.is_file() else made
     if was != made:
         odd = [
             f'{name} {was.get(name)!r} and not {value!r}'

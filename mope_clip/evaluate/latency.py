@@ -96,7 +96,9 @@ def memory_of(
         # glibc: what was freed before would hide what is taken now
         ctypes.CDLL(None).malloc_trim(0)
     try:
-        (PROC / 'clear_refs').write_text('5')  # the high-water mark starts again from here
+        (PROC / 'clear_refs').write_text(
+            '5', encoding='utf-8'
+        )  # the high-water mark starts again from here
     except OSError as e:
         why = f'no peak memory: {PROC}/clear_refs of Linux cannot be written ({e.strerror})'
         return None, why

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from ..clip.blocks import Block, Tower, take
-from ..data.files import write_atomic
+from ..data.files import allocate, write_atomic
 
 # %% ../../nbs/04c_engine.ipynb #b3a5a3a4
 def ablations(
@@ -89,6 +89,7 @@ class LayerInputs:
             return stream
         self.folder = self.folder or tempfile.TemporaryDirectory(prefix='mope-')
         path = Path(self.folder.name) / str(len(self.parts))
+        allocate(path, size)
         mapped = torch.from_file(
             str(path), shared=True, size=stream.numel(), dtype=stream.dtype
         ).view(stream.shape)

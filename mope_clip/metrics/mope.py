@@ -271,7 +271,7 @@ def score_all(
     "Rows of every module, layer by layer; with a store, those of other processes included"
     rows = {}
     for key in todo if store else ():
-        if (found := store.read_layer(*key)) is not None:
+        if (found := store.read_layer(*key, *todo[key])) is not None:
             rows[key] = found
     left = {key: work for key, work in todo.items() if key not in rows}
     steps = sum(len(wanted) * batches_of(task, t) for (t, _), (wanted, _) in left.items())
@@ -293,12 +293,12 @@ def score_claimed(
     scorer: LayerScorer, store: Store, key: tuple, wanted: list, split
 ) -> list | None:
     "Rows of a layer from the store, or scored now; None where another process scores it"
-    if (found := store.read_layer(*key)) is not None:
+    if (found := store.read_layer(*key, wanted, split)) is not None:
         return found
     with store.claim(*key) as mine:
         if not mine:
             return None
-        if (found := store.read_layer(*key)) is not None:
+        if (found := store.read_layer(*key, wanted, split)) is not None:
             return found
         # on a GPU a layer takes seconds, and fetching its features would take as long
         parts = store.parts(*key) if scorer.task.clip.device.type == 'cpu' else None
@@ -352,7 +352,7 @@ def mope(
     if not rewire:
         todo = plain
     elif kept:
-        todo = kept.agree(towers, lambda: candidates(rewire=True))
+        todo = kept.agree(towers, lambda: candidates(rewire=True), plain)
     else:
         todo = candidates(rewire=True)
     rows = score_all(task, todo, kept, memory, compile)

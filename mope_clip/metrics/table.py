@@ -19,6 +19,7 @@ import torch
 
 from ..clip import TOWERS, Clip, shape_of, weights_hash
 from ..clip.blocks import per_unit
+from ..data.columns import captions_of
 from ..data.progress import progress
 from ..evaluate import images_of
 from .z import is_test
@@ -62,7 +63,7 @@ def check_scoring(
             'A score is a mean over images with a standard error: at least 2 are needed, '
             f'not {len(pairs)}.'
         )
-    mute = sum(not c for c in pairs['captions']) if 'captions' in pairs.column_names else 0
+    mute = sum(not c for c in captions_of(pairs)) if 'captions' in pairs.column_names else 0
     if mute:
         raise ValueError(
             f'{mute} of {len(pairs)} images have no caption: leave them out, '
@@ -100,7 +101,7 @@ def gradients(
     if copy.logit_bias is not None:
         bias = dict(logit_bias=copy.logit_bias)
     images = images_of(copy, pairs['image']) if images is None else images
-    ids = copy.tokenizer([captions[0] for captions in pairs['captions']])
+    ids = copy.tokenizer([captions[0] for captions in captions_of(pairs)])
     for items in progress(torch.arange(len(ids)).split(max(2, batch))):
         if len(items) < 2:
             continue

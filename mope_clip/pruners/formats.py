@@ -14,6 +14,7 @@ import torch
 from ..clip import TOWERS, Clip, save_open_clip, shape_of
 from ..clip.layouts import even
 from ..clip.to_hugging_face import hf_config_and_weights, preprocess_to_hf
+from ..clip.tokenizers import save_for_others
 from ..data.files import write_folder
 from .export import check_same, probe
 
@@ -100,7 +101,6 @@ def export_hf(
         model.save_pretrained(new)
         text = json.dumps(prepared, indent=1)
         (new / 'preprocessor_config.json').write_text(text, encoding='utf-8')
-        if hasattr(clip.tokenizer, 'save_pretrained'):
-            clip.tokenizer.save_pretrained(str(new))
+        save_for_others(clip.tokenizer, new)
 
     write_folder(folder, write)

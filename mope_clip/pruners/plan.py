@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pandas as pd
 
 from ..clip import TOWERS, PruneSpec, keep_count, whole_spec
+from ..metrics.checked import check_table, check_values
 
 # %% ../../nbs/05a_plan.ipynb #b99a9aec
 def ranked(rows: pd.DataFrame) -> pd.DataFrame:
@@ -113,6 +114,7 @@ def check_complete(
     modules: tuple,  # that are planned with
 ):
     "Refuse a table that lacks the modules of a layer, or has a score that is no number"
+    check_values(scores)
     if scores.score.isna().any():
         raise ValueError(
             f'{int(scores.score.isna().sum())} scores of the table are NaN: the model that was '
@@ -128,6 +130,7 @@ def check_complete(
                         f'The table scores no {module} of {tower} layer {layer}, which would then '
                         'lose all: take the whole table.'
                     )
+    check_table(scores, modules)
 
 
 def rows_of(scores: pd.DataFrame, tower: str, module: str) -> pd.DataFrame:

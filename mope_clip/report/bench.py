@@ -19,6 +19,7 @@ import pandas as pd
 
 from ..clip import TOWERS, Clip, both, build_clip, load_clip, prune, weights_hash
 from ..data import suites
+from ..data.columns import captions_of
 from ..data.files import write_atomic
 from mope_clip.distill import (
     Training,
@@ -235,7 +236,7 @@ class Measuring(Recovering):
         def make(work):
             if name in suites():
                 return dict(top1=ScoringTask(clip, data, 'zero_shot').base.numpy())
-            captions = list(data['captions'])
+            captions = captions_of(data)
             images, texts = encode_images(clip, data['image']), encode_captions(clip, captions)
             owner = owners(captions)
             return {z: contributions(z, images, texts, owner).numpy() for z in HITS}

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..clip import TOWERS, Clip
+from ..data.columns import as_captions
 from ..data.files import write_atomic
 from ..evaluate import cost, encode, encode_images, latency
 from .code import untraced
@@ -196,7 +197,7 @@ def plot_retrieved(
     size = (1.15 * across, 1.45 * len(queries))
     fig, axes = plt.subplots(len(queries), across, figsize=size, squeeze=False)
     for row, (right, which) in zip(axes, queries, strict=True):
-        caption = pairs[right]['captions'][which]
+        caption = as_captions(pairs[right]['captions'])[which]
         beside(row[0], caption, at=1, letters=24, size=8)
         for m, (name, clip) in enumerate(models.items()):
             similar = images[name] @ encode(clip, 'text', clip.tokenizer([caption]))[0]

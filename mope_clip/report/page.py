@@ -15,9 +15,11 @@ from collections import Counter
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 from PIL import Image
 
+from .clean import link_to
 from .provenance import CREDIT, state_of, why_stale
 from mope_clip.report.readme import (
     MINUS,
@@ -171,9 +173,10 @@ def figure_html(entry: Entry) -> str:
     alt = escape(f'{words}: a figure of the report {entry.title}')
     caption = escape(words.capitalize())
     if (folder / f'{stem}.csv').is_file():
-        caption += f': <a href="{entry.name}/{stem}.csv">its numbers</a>'
-    image = f'<img src="{entry.name}/{file}" alt="{alt}" {size} loading="lazy">'
-    link = f'<a href="{entry.name}/{file}">{image}</a>'
+        caption += f': {link_to(f"{entry.name}/{stem}.csv", "its numbers")}'
+    place = f'{entry.name}/{file}'
+    image = f'<img src="{escape(quote(place))}" alt="{alt}" {size} loading="lazy">'
+    link = link_to(place, image)
     return f'<figure>{link}<figcaption>{caption}</figcaption></figure>\n'
 
 # %% ../../nbs/07m_page.ipynb #3cbefa7b
@@ -208,7 +211,7 @@ def provenance_html(entry: Entry) -> str:
     "Where a report comes from, and its files"
     rows = {what: escape(text) for what, text in provenance_rows(entry).items()}
     files = [p.name for p in sorted((reports_dir() / entry.name).iterdir())]
-    links = [f'<a href="{entry.name}/{f}">{f}</a>' for f in files if not f.endswith('.html')]
+    links = [link_to(f'{entry.name}/{f}') for f in files if not f.endswith('.html')]
     table = table_html({**rows, 'files': ', '.join(links)})
     return f'<details><summary>Provenance and files</summary>{table}</details>\n'
 

@@ -16,6 +16,7 @@ import torch
 from ..clip import Clip, PruneSpec, prune, whole_spec
 from ..clip.attention import mask_of_queries
 from ..clip.blocks import Block, Tower
+from ..data.columns import captions_of
 from ..data.scenes import RETRIEVAL_TASKS, facts_of
 from ..evaluate import encode_captions, encode_images, owners, ranks
 from .comparison import Interval
@@ -139,7 +140,7 @@ class Found:
     "How the captions of a set find their images among all of the set"
 
     def __init__(self, clip: Clip, pairs, batch: int = 128):
-        captions = list(pairs['captions'])
+        captions = captions_of(pairs)
         self.images = encode_images(clip, pairs['image'], batch)
         self.captions = encode_captions(clip, captions, batch)
         self.owner = owners(captions)  # (m,) the image of each caption

@@ -14,6 +14,7 @@ from html import escape
 from importlib import import_module
 
 from ..data.files import first_line
+from .clean import clean
 from .provenance import CREDIT
 from .readme import report_names, reports_dir
 from .templates import cells_of, heading_of, repo_root
@@ -265,9 +266,7 @@ class Walk:
             tag['id'] = f'{tag["id"]}-{len(self.ids)}'
         self.ids |= {tag['id']} if tag.get('id') else set()
         classes = tag.get('class', [])
-        if tag.name in ('style', 'script'):
-            tag.decompose()
-        elif tag.name in ('h1', 'h2', 'h3', 'h4'):
+        if tag.name in ('h1', 'h2', 'h3', 'h4'):
             self.under = tag.get_text()
         elif tag.name == 'img':
             self.figures += 1
@@ -299,6 +298,7 @@ def body_of(
     from bs4 import BeautifulSoup
 
     soup = BeautifulSoup(html, 'html.parser')
+    clean(soup)
     unwrap_code(soup)
     Walk(soup, name, heading, folded)
     return str(soup).strip()

@@ -16,12 +16,13 @@ import re
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from ..data.files import first_line, write_atomic
+from ..data.files import fill_folder, first_line, write_atomic
 from .frame import RECORD, outdated
 from .page import entries
-from .parameters import check_parameters
+from .parameters import check_parameters, differing, parameters_of_run
 from .provenance import longest_run
 from .readme import report_names, reports_dir
 from .render import lesson_names
@@ -170,20 +171,23 @@ def store(
     started: float,
 ):
     "Put what a run made into the folder of its report"
-    old = folder / 'results.json'
-    longest = longest_run(read_results(old)) if old.is_file() else 0
+    longest = 0
+    with suppress(ValueError, OSError):  # there is no older report, or a damaged one
+        longest = longest_run(read_results(folder / 'results.json'))
     made = stored_files(work, started)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for path in made:
-        shutil.copy(path, folder / path.name)
-    results, notebook = folder / 'results.json', folder / f'{name}.ipynb'
-    if results.is_file():
-        write_json(results, dated_results(without_place(results), scale, started, longest))
-    tidied = tidy_notebook(without_place(notebook))
-    if results.is_file():
-        tidied['cells'] = with_prose_of(Template(name), tidied['cells'], folder, missing='-')
-    write_json(notebook, tidied)
+
+    def fill(new: Path):
+        for path in made:
+            shutil.copy(path, new / path.name)
+        results, notebook = new / 'results.json', new / f'{name}.ipynb'
+        if results.is_file():
+            write_json(results, dated_results(without_place(results), scale, started, longest))
+        tidied = tidy_notebook(without_place(notebook))
+        if results.is_file():
+            tidied['cells'] = with_prose_of(Template(name), tidied['cells'], new, missing='-')
+        write_json(notebook, tidied)
+
+    fill_folder(folder, fill, check=lambda place: None)  # the old report stays until then
 
 
 def report(
@@ -199,6 +203,9 @@ def report(
     odd = outdated(work)
     if odd:
         print(f'{name}: {odd[0]} changed since an earlier run, which is not used.', flush=True)
+        shutil.rmtree(work)
+    elif others := differing(parameters_of_run(work), given):
+        print(f'{name}: an earlier run had {others[0]} and is not used.', flush=True)
         shutil.rmtree(work)
     run_notebook(name, work / f'{name}.ipynb', {**given, 'out_dir': str(work)})
     store(name, work, folder, scale, started)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'ABOUT_RULES', 'repo_root', 'template_names', 'Heading', 'cells_of', 'source_of', 'heading_of', 'Parameter',
-           'is_tagged', 'parameters_in', 'Rule', 'names_in', 'Template']
+           'is_tagged', 'parameters_in', 'Rule', 'names_in', 'read_yaml', 'Template']
 
 # %% ../../nbs/07a_templates.ipynb #6a766212
 import ast
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ..data.files import data_dir
+from ..data.files import data_dir, in_one_sentence
 
 # %% ../../nbs/07a_templates.ipynb #f9314444
 def repo_root() -> Path:
@@ -116,6 +116,26 @@ def names_in(
     return found and found.groupdict()
 
 # %% ../../nbs/07a_templates.ipynb #29845c87
+def read_yaml(path: Path) -> dict:  # empty where there is no file, or nothing in it
+    "A file of YAML with a dictionary; `ValueError` where it is another"
+    import yaml
+
+    if not path.is_file():
+        return {}
+    try:
+        found = yaml.safe_load(path.read_text(encoding='utf-8-sig'))
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        why = ' '.join(str(e).split())
+        raise ValueError(
+            f'{path} is no YAML ({why}): mend it, or take it from the repository.'
+        ) from None
+    if found is not None and not isinstance(found, dict):
+        raise ValueError(
+            f'{path} holds a {type(found).__name__} and no names with values: mend it.'
+        )
+    return found or {}
+
+
 class Template:
     "A report before it is run: `nbs/NAME.ipynb` and `nbs/NAME.yaml`"
 
@@ -136,11 +156,8 @@ class Template:
 
     @cached_property
     def declared(self) -> dict:
-        "What the YAML file holds; empty where there is none"
-        import yaml
-
-        path = self.path.with_suffix('.yaml')
-        return (yaml.safe_load(path.read_text(encoding='utf-8')) or {}) if path.is_file() else {}
+        "What the YAML file holds; empty where there is none; `ValueError` where it is damaged"
+        return read_yaml(self.path.with_suffix('.yaml'))
 
     @property
     def code(self) -> list[str]:
@@ -161,12 +178,16 @@ class Template:
     @property
     def rules(self) -> dict[str, Rule]:
         "id, which may hold {names} -> rule"
-        return {id: Rule(**rule) for id, rule in self.declared.get('rules', {}).items()}
+        with in_one_sentence(f'The rules of {self.name}.yaml', 'a rule was edited, mend it'):
+            return {id: Rule(**rule) for id, rule in (self.declared.get('rules') or {}).items()}
 
     @property
     def claims(self) -> dict[int, list[str]]:
         "Number of a claim of the paper -> patterns of the rules that speak to it"
-        return self.declared.get('claims', {})
+        claims = self.declared.get('claims') or {}
+        if not isinstance(claims, dict):
+            raise ValueError(f'The claims of {self.name}.yaml are no numbers with rules: mend it.')
+        return claims
 
     @property
     def scales(self) -> dict[str, dict]:
@@ -176,7 +197,9 @@ class Template:
 
     def scale(self, name: str) -> dict:
         "The parameters of a scale; `ValueError` where the notebook or the scale is not there"
-        if name not in self.check().scales:
+        if not isinstance(self.check().scales.get(name, {}), dict):
+            raise ValueError(f'The scale {name} of {self.name}.yaml holds no parameters: mend it.')
+        if name not in self.scales:
             choice = ', '.join(self.scales)
             raise ValueError(f'{self.name} has no scale {name!r}: choose one of {choice}.')
         return self.scales[name]
