@@ -216,7 +216,7 @@ class Block(nn.Module):
         "Itself, its attention turned in place into one operator of ONNX where that is the same"
         return self
 
-# %% ../../nbs/02b_blocks.ipynb #d5f436f6
+# %% ../../nbs/02b_blocks.ipynb #40defee5
 class Tower(nn.Module):
     "One tower of a model as embed -> blocks -> pool, sharing its parameters"
 
@@ -279,6 +279,10 @@ class Tower(nn.Module):
 
     def signature(self) -> list:
         "What decides the tower's function beside its weights and shapes: pooling, masks"
+        raise NotImplementedError
+
+    def renumber(self, kept: list):
+        "Of a text tower: ids of tokens as places among those that are left, in place"
         raise NotImplementedError
 
     def for_tracing(self) -> 'Tower':

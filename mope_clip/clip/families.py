@@ -154,7 +154,7 @@ class NativeVision(Tower):
     def signature(self):
         return [self.net.pool_type, True]
 
-# %% ../../nbs/02d_families.ipynb #b931f5f7
+# %% ../../nbs/02d_families.ipynb #cead8aad
 class NativeText(Tower):
     """The text transformer of open_clip, where it is a child of the model and where it is a part of
     it"""
@@ -228,6 +228,14 @@ class NativeText(Tower):
 
     def stem_macs(self, tokens):
         return 0
+
+    def renumber(self, kept):
+        place = {token: new for new, token in enumerate(kept)}
+        for name in ('eos_id', 'text_eos_id', 'pad_id'):
+            if hasattr(self.net, name):
+                token = getattr(self.net, name)
+                setattr(self.net, name, place.get(token, token))  # one that is not read may be gone
+        self.net.vocab_size = self.net.token_embedding.num_embeddings = len(kept)
 
     def for_tracing(self):
         if hasattr(self.net, 'visual'):

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['train', 'distill', 'Recipe', 'Training', 'embedded_teacher', 'learned_masks', 'teacher_for']
 
-# %% ../../nbs/06m_distill.ipynb #40f45e1a
+# %% ../../nbs/06m_distill.ipynb #3e75d10a
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..clip import Clip
+from ..data.files import refuse
 from .loop import fit
 from .masks import learned_masks
 from .recipe import STAGES, Recipe
@@ -35,7 +36,7 @@ def train(
     options |= dict(folder=folder, validation=validation, log=log)
     return fit(clip, pairs, Recipe(pairs_seen=pairs_seen, **settings), **options)
 
-# %% ../../nbs/06m_distill.ipynb #a38bb88e
+# %% ../../nbs/06m_distill.ipynb #0f061f09
 def distill(
     student: Clip,  # pruned; stays as it is: a copy is trained
     teacher: Clip,  # of the same base model
@@ -58,5 +59,10 @@ def distill(
             'Student and teacher are not of the same base model: '
             'distil from the model that was pruned.'
         )
+    refuse(
+        student.spec.vocabulary != teacher.spec.vocabulary,
+        'Student and teacher have other vocabularies, so that the same ids are other words: '
+        'trim the vocabulary after the distillation.',
+    )
     options |= dict(folder=folder, validation=validation, log=log)
     return fit(student, pairs, recipe, teacher, **options)

@@ -72,7 +72,7 @@ def module_costs(
         out.append(dict(head=head, neuron=neuron, rest=rest))
     return out
 
-# %% ../../nbs/03c_cost.ipynb #9142890f
+# %% ../../nbs/03c_cost.ipynb #48935b03
 def spec_cost(
     clip: Clip,
     spec: PruneSpec,  # by position in `clip`
@@ -90,6 +90,10 @@ def spec_cost(
             out[name] -= saved['params']
         for name in (f'{tower}_macs', 'macs'):
             out[name] -= saved['macs']
+    if spec.vocabulary is not None:
+        table = clip.text.token_table
+        for name in ('text_params', 'params'):
+            out[name] -= table.numel() - len(spec.vocabulary) * table.shape[1]
     return out
 
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['export_hf', 'export_onnx', 'export_open_clip', 'from_pretrained', 'masked', 'mope_set', 'plan', 'plan_depth',
-           'plan_width', 'prune', 'push_to_hub', 'say_cost', 'stepwise']
+           'plan_width', 'prune', 'push_to_hub', 'say_cost', 'stepwise', 'trim_vocabulary']
 
-# %% ../../nbs/05k_pruners.ipynb #cd01e141
+# %% ../../nbs/05k_pruners.ipynb #4eaedaed
 from ..clip import prune
 from ..clip.layouts import masked
 from .budget import plan, say_cost
@@ -15,8 +15,9 @@ from .formats import export_hf, export_open_clip
 from .hub import from_pretrained, push_to_hub
 from .plan import plan_depth, plan_width
 from .stepwise import mope_set, stepwise
+from .vocabulary import trim_vocabulary
 
-# %% ../../nbs/05k_pruners.ipynb #9f4c628b
+# %% ../../nbs/05k_pruners.ipynb #a5c7f10a
 _all_ = [
     'export_hf',
     'export_onnx',
@@ -31,4 +32,5 @@ _all_ = [
     'push_to_hub',
     'say_cost',
     'stepwise',
+    'trim_vocabulary',
 ]
