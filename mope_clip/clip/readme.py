@@ -13,7 +13,7 @@ from open_clip.transform import PreprocessCfg
 from .model import Clip
 from .tokens import beyond_file
 
-# %% ../../nbs/02ga_readme.ipynb #ade87049
+# %% ../../nbs/02ga_readme.ipynb #1bfbdb5a
 def prepared(clip: Clip) -> dict:  # open_clip's preprocess_cfg, with all of its settings
     "How pictures are prepared"
     given = {**(clip.config.get('preprocess_cfg') or {}), 'size': clip.vision.image_size}
@@ -27,21 +27,25 @@ RESIZING = dict(
 )
 
 
-def preparation(clip: Clip) -> str:  # Markdown
+def preparation(
+    clip: Clip,
+    words: str = '',  # folder of the tokenizer inside of the folder of the page
+) -> str:  # Markdown
     "A sentence on pictures and one on texts"
     cfg = prepared(clip)
     resized = RESIZING[cfg['resize_mode']].format(side=max(cfg['size']))
     mean, std = ([round(number, 6) for number in cfg[name]] for name in ('mean', 'std'))
+    file = f'{words}tokenizer.json'
     said = (
         f'**Pictures**: RGB; {resized} ({cfg["interpolation"]}); divided by 255; '
         f'minus {mean}, divided by {std}.\\\n'
-        f'**Texts**: {clip.text.tokens} tokens; `tokenizer.json` cleans, cuts and pads by itself '
-        "(`tokenizers.Tokenizer.from_file('tokenizer.json').encode(text).ids`)"
+        f'**Texts**: {clip.text.tokens} tokens; `{file}` cleans, cuts and pads by itself '
+        f"(`tokenizers.Tokenizer.from_file('{file}').encode(text).ids`)"
     )
     missing = beyond_file(clip.tokenizer)
     return f'{said}, but the tokenizer of this model also {missing}.' if missing else f'{said}.'
 
-# %% ../../nbs/02ga_readme.ipynb #f233e360
+# %% ../../nbs/02ga_readme.ipynb #908676a6
 README = """---
 library_name: {library}
 ---
@@ -76,8 +80,9 @@ def readme(
     clip: Clip,
     code: str,  # that reads the folder and compares `picture` with a text
     library: str = 'mope_clip',  # that it is for, as the hub calls it
+    words: str = '',  # folder of the tokenizer, where it has one of its own
 ) -> str:  # Markdown with a YAML head
     "The page of a folder"
     name = clip.config.get('name', 'model')
-    said = preparation(clip)
+    said = preparation(clip, words)
     return README.format(library=library, name=name, clip=clip, preparation=said, code=code)

@@ -6,11 +6,11 @@
 __all__ = ['export_hf', 'export_onnx', 'export_open_clip', 'from_pretrained', 'masked', 'mope_set', 'plan', 'plan_depth',
            'plan_width', 'prune', 'push_to_hub', 'say_cost', 'stepwise', 'trim_vocabulary']
 
-# %% ../../nbs/05k_pruners.ipynb #4eaedaed
+# %% ../../nbs/05k_pruners.ipynb #bde7f909
 from ..clip import prune
 from ..clip.layouts import masked
 from .budget import plan, say_cost
-from .export import export_onnx
+from .deploy import export_onnx
 from .formats import export_hf, export_open_clip
 from .hub import from_pretrained, push_to_hub
 from .plan import plan_depth, plan_width
