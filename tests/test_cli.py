@@ -54,7 +54,7 @@ def test_the_package_itself_imports_no_library():
 
 def test_help_names_every_command():
     text = mope('--help')[1]
-    names = 'run report index lessons readme score prune distill evaluate export'.split()
+    names = 'run report index lessons readme score prune distill evaluate trim export'.split()
     assert list(COMMANDS) == names and all(name in text for name in names)
 
 

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from mope_clip.clip import TOWERS, build_clip, load_clip, small_config, tiny_clip, weights_hash
 from mope_clip.clip.readme import prepared
 from mope_clip.data import synth_pairs
+from mope_clip.distill import distill, train
 from mope_clip.pruners import export_hf, export_onnx, export_open_clip, trim_vocabulary
 from mope_clip.pruners.deploy import search_example
 from mope_clip.pruners.export import OnnxTower, as_served, onnx_program, probe
@@ -406,9 +407,9 @@ def test_wrong_options_are_one_sentence(options, sentence, small, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_that_cannot_read_is_not_served(tmp_path):
+def test_captions_cannot_be_compared_without_a_tokenizer(pairs, tmp_path):
     with pytest.raises(ValueError, match='The model has no tokenizer'):
-        export_onnx(build_clip(tiny_clip().config, None), tmp_path / 'a')
+        export_onnx(build_clip(tiny_clip().config, None), tmp_path / 'a', pairs=pairs)
 
 
 # --- half precision in a folder of ours
@@ -431,6 +432,18 @@ def test_half_precision_halves_the_folder_and_comes_back(small, tmp_path):
     assert weights_hash(load_clip(tmp_path / 'again', device='cpu')) == weights_hash(back)
     back.save(tmp_path / 'single-again', precision='fp32')
     assert load_clip(tmp_path / 'single-again', device='cpu').dtype == torch.float32
+
+
+@pytest.mark.parametrize('who', ['student', 'teacher'])
+def test_a_halved_model_does_not_learn_nor_teach(who, pairs):
+    tiny = tiny_clip()
+    half = tiny.copy()
+    half.model.half()
+    models = dict(student=tiny, teacher=tiny) | {who: half}
+    with pytest.raises(ValueError, match=f'The {who} is in half precision, which is too coarse'):
+        distill(**models, pairs=pairs, pairs_seen=8, batch=8)
+    with pytest.raises(ValueError, match='The model is in half precision'):
+        train(half, pairs, pairs_seen=8, batch=8)
 
 
 def test_an_unknown_precision_is_refused(small, tmp_path):
