@@ -45,13 +45,13 @@ def preparation(
     missing = beyond_file(clip.tokenizer)
     return f'{said}, but the tokenizer of this model also {missing}.' if missing else f'{said}.'
 
-# %% ../../nbs/02ga_readme.ipynb #908676a6
+# %% ../../nbs/02ga_readme.ipynb #0ea25309
 README = """---
 library_name: {library}
 ---
 # {name}
 
-A CLIP model, made smaller by mope_clip: `{clip!r}`
+A CLIP model in a folder of mope_clip. What it consists of: `{clip!r}`
 
 {preparation}
 
