@@ -55,7 +55,7 @@ def test_the_package_itself_imports_no_library():
 def test_help_names_every_command():
     text = mope('--help')[1]
     names = (
-        'run report index lessons readme score prune distill evaluate export repair search'
+        'run report index lessons readme score prune distill evaluate trim export repair search'
     ).split()
     assert list(COMMANDS) == names and all(name in text for name in names)
 
@@ -557,3 +557,56 @@ def test_bad_arguments_are_one_sentence(line, sentence, tmp_path):
         tiny_clip().save(tmp_path / 'tiny')
     r = process(*line.split(), cwd=tmp_path)
     assert r.returncode == 1 and sentence in r.stderr and r.stderr.count('\n') == 1, r.stderr
+
+
+# --- to where it is used
+
+
+def test_words_are_trimmed_by_a_file_or_by_captions(place):
+    (place / 'words.txt').write_text('\ufeffa red square\n\n  a blue square \n', encoding='utf-8')
+    said = done('trim tiny --texts words.txt --out few')
+    assert said.splitlines()[0].startswith('vocabulary: 7 of 12 tokens; the 2 texts are read')
+    assert said.splitlines()[-1] == 'model:   few'
+    few = load_clip(place / 'few', device='cpu')
+    assert len(few.spec.vocabulary) == len(few.text.token_table) == 7
+    said = done('trim tiny --images 8 --out captions')
+    assert 'texts are read as before' in said
+
+
+@pytest.mark.parametrize(
+    'line, sentence',
+    [
+        ('trim tiny --texts none.txt', 'There is no file none.txt: --texts is a file with a text'),
+        ('trim tiny --texts empty.txt', 'There are no texts to keep the tokens of'),
+        ('trim tiny --texts latin.txt', 'latin.txt is no text in UTF-8: convert it'),
+        ('trim tiny --texts empty.txt --out tiny', '--out is the model itself'),
+        ('export tiny --format onnx --weights int4', 'weights are fp32, fp16 or int8'),
+        ('export tiny --format onnx --batch 0', 'batch is a whole number from 1 on'),
+        ('export tiny --format hf --weights int8', '--weights is for ONNX: leave it out'),
+        ('export tiny --format hf --batch 2 --force', '--batch and --force are for ONNX'),
+        ('prune tiny --spec spec.json --servable', 'leave out --servable'),
+        (
+            'prune tiny --scores s.parquet --keep .5 --servable --rank global',
+            "leave rank at 'layer'",
+        ),
+    ],
+)
+def test_what_cannot_be_served_is_one_sentence(line, sentence, pruned):
+    (pruned / 'empty.txt').write_text('\n')
+    (pruned / 'latin.txt').write_bytes('naïve'.encode('latin-1'))
+    assert sentence in refused(line)
+
+
+def test_rounded_weights_are_judged_on_a_task(place):
+    said = done('export tiny --format onnx --weights int8 --task openmoji --images 8 --out served')
+    assert 'ONNX with weights int8: cosine to the model in single precision on 8 images' in said
+    assert 'mean recall' in said and said.splitlines()[-1] == 'onnx:   served'
+    told = json.loads((place / 'served/check.json').read_text())
+    assert told['verdict'] == 'good' and told['items']['images'] == 8
+
+
+def test_a_servable_plan_keeps_all_heads(scored):
+    done('prune tiny --scores s.parquet --macs .7 --servable --out even')
+    even = load_clip(scored / 'even', device='cpu')
+    assert all(block.heads == 4 for block in even.vision.blocks)
+    assert done('export even --format hf --out plain') == 'hf:   plain\n'

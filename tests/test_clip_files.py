@@ -46,7 +46,7 @@ from mope_clip.clip.convert import (
     parse_hf,
     preprocess_from_hf,
 )
-from mope_clip.clip.folders import FORMAT, NOT_FOR_OTHERS, load_tokenizer, seal
+from mope_clip.clip.folders import FORMAT, load_tokenizer, seal
 from mope_clip.clip.load import named_config
 from mope_clip.clip.spec import full_spec
 from mope_clip.clip.to_hugging_face import hf_config_and_weights, plain_cfg, preprocess_to_hf
@@ -1123,14 +1123,26 @@ def test_older_models_load_to_the_same_weights_and_features(dtype, by, one_threa
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_older_models_are_saved_again_to_the_same_bytes(dtype, tmp_path):
+def test_older_models_are_saved_again_to_the_same_weights_and_ids(dtype, tmp_path):
     folder = GOLDEN / f'model-{dtype}'
-    load_clip(folder, device='cpu').save(tmp_path / 'again')
+    clip = load_clip(folder, device='cpu')
+    clip.save(tmp_path / 'again')
     names = sorted(file.name for file in folder.iterdir())
     assert names == sorted(file.name for file in (tmp_path / 'again').iterdir())
-    for name in set(names) - {'config.json'}:
-        assert (tmp_path / 'again' / name).read_bytes() == (folder / name).read_bytes(), name
-    assert settings_of(tmp_path / 'again') == {**settings_of(folder), **NOT_FOR_OTHERS}
+    weights = 'model.safetensors'
+    assert (tmp_path / 'again' / weights).read_bytes() == (folder / weights).read_bytes()
+    before, after = (
+        json.loads((f / 'config.json').read_text()) for f in (folder, tmp_path / 'again')
+    )
+    # tokenizer.json pads by itself since then
+    assert before.pop('settings') != after.pop('settings') and before == after
+    again = load_clip(tmp_path / 'again', device='cpu')
+    said = ['a red square', 'a  green\ncircle ' * 9]
+    assert torch.equal(again.tokenizer(said), clip.tokenizer(said))
+    again.save(tmp_path / 'twice')
+    for name in names:
+        once, twice = ((tmp_path / place / name).read_bytes() for place in ('again', 'twice'))
+        assert once == twice, name
 
 
 # ---- folders of other libraries
@@ -1147,7 +1159,8 @@ def test_a_dense_folder_is_open_clips_own_to_the_bit(tiny, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ['dense']  # nothing temporary is left
     tokenizer = ['tokenizer.json', 'tokenizer_config.json']
     files = sorted(file.name for file in (tmp_path / 'dense').iterdir())
-    assert files == ['open_clip_config.json', 'open_clip_model.safetensors', *tokenizer]
+    weights = 'open_clip_model.safetensors'
+    assert files == ['README.md', 'open_clip_config.json', weights, *tokenizer]
 
 
 def test_open_clip_alone_loads_a_dense_folder_to_the_same_function(tiny, pairs, tmp_path):

@@ -12,12 +12,14 @@ import onnxruntime
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import GRID, custom_tiny, model_of, run, uneven_tiny
 
 from mope_clip.clip import TOWERS, PruneSpec, build_clip, prune, shape_of, tiny_clip, whole_spec
 from mope_clip.data import synth_pairs
 from mope_clip.pruners import export_hf, export_onnx, export_open_clip
 from mope_clip.pruners.export import (
+    as_served,
     check_installed,
     check_onnx,
     check_same,
@@ -84,7 +86,8 @@ def graph(tower, values):
 
 
 def session(tower, name):
-    return unit(onnxruntime.InferenceSession(f'onnx/{tower}.onnx').run(None, {name: x[name]})[0])
+    file = f'onnx/{tower}/model.onnx'
+    return onnxruntime.InferenceSession(file).run(None, {name: x[tower]})[0]
 
 
 with torch.no_grad():
@@ -94,7 +97,7 @@ with torch.no_grad():
     out = CLIPModel.from_pretrained('hf').eval()(pixel_values=images, input_ids=ids)
     check('transformers', out.image_embeds, out.text_embeds)
     check('torch.export', graph('vision', images), graph('text', ids))
-check('onnx', session('vision', 'images'), session('text', 'ids'))
+check('onnx', session('visual', 'image'), session('textual', 'text'))
 print('all the same')
 """
 
@@ -105,7 +108,8 @@ def test_every_form_works_in_a_process_without_this_library(small, tmp_path):
         image_features=small.encode_image(images, normalize=True).numpy(),
         text_features=small.encode_text(ids, normalize=True).numpy(),
     )
-    np.savez(tmp_path / 'x.npz', images=images, ids=ids, **features)
+    served = dict(visual=images, textual=ids.int())
+    np.savez(tmp_path / 'x.npz', images=images, ids=ids, **served, **features)
     export_open_clip(small, tmp_path / 'open_clip', pad=True)
     export_hf(small, tmp_path / 'hf', pad=True)
     export_onnx(small, tmp_path / 'onnx')
@@ -272,18 +276,20 @@ def exported(tmp_path_factory):
 
 
 def test_a_folder_holds_the_towers_the_tokenizer_and_what_must_be_known(exported):
-    folder = exported[18]['vision'].parent
-    assert sorted(path.name for path in folder.iterdir()) == [
+    folder = exported[18]['vision'].parent.parent
+    files = [str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file()]
+    assert sorted(files) == [
+        'README.md',
+        'check.json',
         'config.json',
-        'text.onnx',
-        'tokenizer.json',
-        'tokenizer_config.json',
-        'vision.onnx',
+        'textual/model.onnx',
+        'textual/tokenizer.json',
+        'textual/tokenizer_config.json',
+        'visual/model.onnx',
+        'visual/preprocess_cfg.json',
     ]
     told = json.loads((folder / 'config.json').read_text())
-    assert told['features'] == dict(
-        vision=['images', 'image_features'], text=['ids', 'text_features']
-    )
+    assert told['features'] == dict(vision=['image', 'embedding'], text=['text', 'embedding'])
     session = onnxruntime.InferenceSession(exported[18]['text'])
     meta = session.get_modelmeta().custom_metadata_map
     assert (meta['name'], meta['spec_hash']) == ('tiny', told['spec_hash'])
@@ -311,7 +317,8 @@ def test_files_take_any_batch_and_trimmed_captions(opset, tower, exported, small
     net, name = small.tower(tower), session.get_inputs()[0].name
     for n in (1, 4, 6):
         for x in (inputs[tower][:n], net.trim(inputs[tower])[:n]):
-            close(session.run(None, {name: x.numpy()})[0], net(x))
+            (found,) = session.run(None, {name: as_served(x).numpy()})
+            close(found, F.normalize(net(x), dim=-1))
 
 
 @pytest.mark.parametrize(
@@ -360,7 +367,7 @@ def test_a_failed_export_leaves_what_was_there(small, tmp_path, monkeypatch):
         raise ValueError('found out')
 
     (path,) = export_onnx(small, tmp_path / 'a', towers=('text',)).values()
-    monkeypatch.setattr('mope_clip.pruners.export.check_onnx', found_out)
+    monkeypatch.setattr('mope_clip.pruners.deploy.check_onnx', found_out)
     with pytest.raises(ValueError, match='found out'):
         export_onnx(small, tmp_path / 'a', towers=('text',))
     assert [entry.name for entry in tmp_path.iterdir()] == ['a']

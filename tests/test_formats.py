@@ -283,6 +283,7 @@ def test_transformers_loads_its_folder(exported, pairs, images, tmp_path, no_gra
     logits = clip.logit_scale.exp() * theirs.image_embeds @ theirs.text_embeds.T
     check_close(theirs.logits_per_image, logits, eps=1e-4)
     assert sorted(path.name for path in Path(tmp_path, 'model').iterdir()) == [
+        'README.md',
         'config.json',
         'model.safetensors',
         'preprocessor_config.json',

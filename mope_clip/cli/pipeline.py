@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLANNING', 'SETTINGS', 'metric_names', 'score_arguments', 'score', 'prune_arguments', 'read_scores', 'spec_of',
            'prune', 'distill_arguments', 'distill', 'evaluate_arguments', 'shown', 'check_evaluation', 'numbers_of',
-           'evaluate', 'export_arguments', 'export']
+           'evaluate']
 
 # %% ../../nbs/08b_pipeline.ipynb #72171c5a
 import argparse
@@ -83,7 +83,7 @@ def score(options: argparse.Namespace) -> str:
     write_atomic(out, lambda file: table.to_parquet(file))
     return f'{len(table)} modules scored by {options.metric}\nscores:  {out}'
 
-# %% ../../nbs/08b_pipeline.ipynb #09102bcc
+# %% ../../nbs/08b_pipeline.ipynb #29e30919
 # what decides a plan, and nothing else: a specification leaves no room for it
 PLANNING = dict(
     keep=None,
@@ -95,6 +95,7 @@ PLANNING = dict(
     floor=1,
     multiples=[1, 1],
     no_embeddings=False,
+    servable=False,
 )
 
 
@@ -120,6 +121,8 @@ def prune_arguments(parser: argparse.ArgumentParser):
     add('--multiples', **pair, help='round what a layer keeps to multiples')
     text = 'token embeddings do not count as parameters'
     add('--no-embeddings', action='store_true', help=text)
+    text = 'only what stock servers load: all heads, as many neurons in every layer of a tower'
+    add('--servable', action='store_true', help=text)
     add('--dry-run', action='store_true', help='say what it would cost, and stop')
     add('--out', default='pruned', help='folder of the smaller model')
     parser.set_defaults(**PLANNING)
@@ -321,34 +324,3 @@ def evaluate(options: argparse.Namespace):
         told = dict(model=options.model, weights=weights_hash(clip), **found)
         text = json.dumps(told, indent=1, default=str)
         write_atomic(options.out, lambda file: file.write(text.encode()))
-
-# %% ../../nbs/08b_pipeline.ipynb #c9b12dd5
-def export_arguments(parser: argparse.ArgumentParser):
-    model_arguments(parser, 'the model to export')
-    add, formats = parser.add_argument, ('onnx', 'open_clip', 'hf')
-    text = "'onnx': a graph a tower; 'open_clip', 'hf': their plain folders, for even models"
-    add('--format', required=True, choices=formats, help=text)
-    text = 'fill what was removed with zeros where the format has no room for an uneven model: '
-    add('--pad', action='store_true', help=text + 'the same function, nothing saved')
-    text = 'of ONNX: 18 runs everywhere; 23 is faster on a CPU with onnxruntime 1.23 or newer'
-    add('--opset', type=int, default=18, help=text)
-    add('--out', default='exported', help='folder')
-
-
-@command('export', "write a model in another library's format", export_arguments)
-def export(options: argparse.Namespace) -> str:
-    "A folder that another library reads"
-    from mope_clip.pruners import export_hf, export_onnx, export_open_clip
-
-    if options.pad and options.format == 'onnx':
-        raise ValueError('--pad is for open_clip and hf: ONNX has room for uneven models.')
-    if options.opset != 18 and options.format != 'onnx':
-        raise ValueError('--opset is for ONNX: leave it out.')
-    check_out(options.out, model=options.model)
-    clip = load_named(options)
-    if options.format == 'onnx':
-        export_onnx(clip, options.out, opset=options.opset)
-    else:
-        write = dict(open_clip=export_open_clip, hf=export_hf)[options.format]
-        write(clip, options.out, pad=options.pad)
-    return f'{options.format}:   {options.out}'

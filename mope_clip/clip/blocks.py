@@ -314,6 +314,10 @@ class Tower(nn.Module):
         "What decides the tower's function beside its weights and shapes: pooling, masks"
         raise NotImplementedError
 
+    def renumber(self, kept: list):
+        "Of a text tower: ids of tokens as places among those that are left, in place"
+        raise NotImplementedError
+
     def for_tracing(self) -> 'Tower':
         "Itself, made ready in place to become a graph; of a model that is given away"
         return self

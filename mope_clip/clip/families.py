@@ -255,6 +255,14 @@ class NativeText(Tower):
     def stem_macs(self, tokens):
         return 0
 
+    def renumber(self, kept):
+        place = {token: new for new, token in enumerate(kept)}
+        for name in ('eos_id', 'text_eos_id', 'pad_id'):
+            if hasattr(self.net, name):
+                token = getattr(self.net, name)
+                setattr(self.net, name, place.get(token, token))  # one that is not read may be gone
+        self.net.vocab_size = self.net.token_embedding.num_embeddings = len(kept)
+
     def for_tracing(self):
         if hasattr(self.net, 'visual'):
             # the text tower of a `CLIP` is the model itself: its graph would carry the other tower

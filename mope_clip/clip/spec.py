@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TOWERS', 'UNITS', 'SPEC_FORMAT', 'as_index', 'check_units', 'ordered_units', 'all_of', 'ordered_layers', 'check_base',
-           'number_or_text', 'plain_provenance', 'PruneSpec', 'keep_count', 'full_spec', 'shape_left', 'by_base',
-           'compose', 'by_position', 'relative', 'check_same_base', 'both', 'save_spec', 'keys_once', 'check_file',
+           'ordered_tokens', 'number_or_text', 'plain_provenance', 'PruneSpec', 'without', 'keep_count', 'full_spec',
+           'shape_left', 'by_base', 'tokens_by_base', 'compose', 'removed_by_first', 'by_position',
+           'tokens_by_position', 'relative', 'check_same_base', 'both', 'save_spec', 'keys_once', 'check_file',
            'read_spec', 'spec_hash']
 
 # %% ../../nbs/02a_spec.ipynb #d1456fa7
@@ -129,6 +130,21 @@ def check_base(
             f"'neurons', not {sizes}."
         )
 
+# %% ../../nbs/02a_spec.ipynb #9285d7a0
+def ordered_tokens(
+    tokens: object,  # ids, or None: all
+) -> list | None:
+    "The kept tokens in order; `ValueError` says what is wrong with them"
+    if tokens is None:
+        return None
+    if isinstance(tokens, (str, bytes, dict)) or not hasattr(tokens, '__iter__'):
+        raise ValueError(f'The vocabulary must be a list of token ids, not {tokens!r}.')
+    ordered = sorted(as_index(token, 'the vocabulary') for token in tokens)
+    if not ordered:
+        raise ValueError('The specification leaves no token in the vocabulary: keep some.')
+    check_units(ordered, ordered[-1] + 1, 'The vocabulary keeps tokens')
+    return ordered
+
 # %% ../../nbs/02a_spec.ipynb #e9a0cbe2
 def number_or_text(value: object) -> object:
     "A number of NumPy or PyTorch as one of Python, anything else as text"
@@ -154,6 +170,7 @@ class PruneSpec:
     text: dict
     base: dict  # tower -> {'layers', 'heads', 'neurons'}, perhaps 'pooler': what indices refer to
     provenance: dict = field(default_factory=dict)  # what decided it
+    vocabulary: list | None = None  # the token ids that stay; None: all
 
     def __post_init__(self):
         for tower in TOWERS:
@@ -161,14 +178,25 @@ class PruneSpec:
             layers = ordered_layers(getattr(self, tower), self.base[tower], tower)
             setattr(self, tower, layers)
         self.provenance = plain_provenance(self.provenance)
+        self.vocabulary = ordered_tokens(self.vocabulary)
 
     def checked(self) -> 'PruneSpec':
         "The same, checked again, since its dicts may have been changed"
-        return PruneSpec(self.vision, self.text, self.base, self.provenance)
+        return PruneSpec(self.vision, self.text, self.base, self.provenance, self.vocabulary)
 
     def layers(self, tower: str) -> list:
         "The layers that a tower keeps, in order, its pooler aside"
         return [layer for layer in getattr(self, tower) if layer < self.base[tower]['layers']]
+
+    def plain(self) -> dict:
+        "What JSON keeps of it; a vocabulary is named only where one was chosen"
+        told = asdict(self)
+        return told if self.vocabulary is not None else without(told, 'vocabulary')
+
+
+def without(values: dict, key: str) -> dict:
+    "A dictionary that lacks one key"
+    return {name: value for name, value in values.items() if name != key}
 
 # %% ../../nbs/02a_spec.ipynb #f7f4e00f
 def keep_count(
@@ -219,6 +247,16 @@ def by_base(
     return out
 
 
+def tokens_by_base(
+    before: list | None,  # the tokens that are left of the base
+    after: list | None,  # what is left of those, by position
+) -> list | None:
+    "Positions in a smaller vocabulary as ids of the base; `IndexError` where it is smaller still"
+    if before is None or after is None:
+        return before if after is None else after
+    return [before[position] for position in after]
+
+
 def compose(
     first: PruneSpec,  # of the base model
     second: PruneSpec,  # of the model that `first` leaves, by position in it
@@ -237,11 +275,20 @@ def compose(
         try:
             out[tower] = by_base(before, after)
         except IndexError:
-            raise ValueError(
-                f'The second specification keeps something of the {tower} tower that the first '
-                'has removed: it must speak of positions in the model that the first leaves.'
-            ) from None
+            raise ValueError(removed_by_first(f'something of the {tower} tower')) from None
+    try:
+        out['vocabulary'] = tokens_by_base(first.vocabulary, second.vocabulary)
+    except IndexError:
+        raise ValueError(removed_by_first('tokens')) from None
     return PruneSpec(**out, base=first.base, provenance={**first.provenance, **second.provenance})
+
+
+def removed_by_first(what: str) -> str:
+    "The sentence about a second specification that keeps what is not there any more"
+    return (
+        f'The second specification keeps {what} that the first has removed: it must speak of '
+        'positions in the model that the first leaves.'
+    )
 
 # %% ../../nbs/02a_spec.ipynb #46a6dc0c
 def by_position(
@@ -260,6 +307,19 @@ def by_position(
     return out
 
 
+def tokens_by_position(
+    before: list | None,  # the tokens that are left of the base
+    after: list | None,  # the tokens that are left later on
+) -> list | None:  # the step between them
+    "Ids of the base as positions in a smaller vocabulary; `KeyError` for what it does not have"
+    if before is None or before == after:
+        return None if before == after else after
+    places = {token: place for place, token in enumerate(before)}
+    if after is None:
+        raise KeyError('all')
+    return [places[token] for token in after]
+
+
 def relative(
     of: PruneSpec,  # what a model keeps of the base
     spec: PruneSpec,  # what a model made from it keeps of the base
@@ -276,9 +336,15 @@ def relative(
                 f'The specification keeps something of the {tower} tower that the model has lost '
                 'already.'
             ) from None
-    return PruneSpec(**steps, base=base, provenance=spec.provenance)
+    try:
+        tokens = tokens_by_position(of.vocabulary, spec.vocabulary)
+    except KeyError:
+        raise ValueError(
+            'The specification keeps tokens that the model has lost already.'
+        ) from None
+    return PruneSpec(**steps, base=base, provenance=spec.provenance, vocabulary=tokens)
 
-# %% ../../nbs/02a_spec.ipynb #e2fe0bf2
+# %% ../../nbs/02a_spec.ipynb #2729a750
 def check_same_base(first: PruneSpec, second: PruneSpec):
     "`ValueError` unless the indices of both mean the same things"
     if first.base != second.base:
@@ -301,21 +367,25 @@ def both(
             for layer, kept in ours.items()
             if layer in theirs
         }
+    chosen = [set(spec.vocabulary) for spec in (first, second) if spec.vocabulary is not None]
     return PruneSpec(
-        **shared, base=first.base, provenance={**first.provenance, **second.provenance}
+        **shared,
+        base=first.base,
+        provenance={**first.provenance, **second.provenance},
+        vocabulary=set.intersection(*chosen) if chosen else None,
     )
 
-# %% ../../nbs/02a_spec.ipynb #fb2eb686
+# %% ../../nbs/02a_spec.ipynb #def7b3c1
 SPEC_FORMAT = 1
 
 
 def save_spec(spec: PruneSpec, path: Path):
     "Write a specification as JSON, in one move"
     about = dict(library='mope_clip', kind='PruneSpec', format=SPEC_FORMAT)
-    text = json.dumps({**about, **asdict(spec.checked())}) + '\n'
+    text = json.dumps({**about, **spec.checked().plain()}) + '\n'
     write_atomic(path, lambda file: file.write(text.encode('utf-8')))
 
-# %% ../../nbs/02a_spec.ipynb #78dbb7e4
+# %% ../../nbs/02a_spec.ipynb #44d73945
 def keys_once(items: list) -> dict:  # of (key, value)
     "A JSON object; `ValueError` where a key stands in it twice"
     found = {}
@@ -342,9 +412,10 @@ def check_file(
             'upgrade mope_clip.'
         )
     found = set(content) - {'library', 'kind', 'format'}
-    if found != {*TOWERS, 'base', 'provenance'}:
+    if found - {'vocabulary'} != {*TOWERS, 'base', 'provenance'}:
         raise ValueError(
-            f'{path} must hold exactly vision, text, base and provenance, not {sorted(found)}.'
+            f'{path} must hold exactly vision, text, base and provenance, and perhaps a '
+            f'vocabulary, not {sorted(found)}.'
         )
 
 
@@ -363,14 +434,13 @@ def read_spec(path: Path) -> PruneSpec:
         ) from None
     check_file(content, path)
     try:
-        return PruneSpec(**{name: content[name] for name in (*TOWERS, 'base', 'provenance')})
+        about = 'library', 'kind', 'format'
+        return PruneSpec(**{name: value for name, value in content.items() if name not in about})
     except (ValueError, TypeError, OverflowError) as e:
         raise ValueError(f'{path}: {e}') from None
 
-# %% ../../nbs/02a_spec.ipynb #46cbb3bb
+# %% ../../nbs/02a_spec.ipynb #0444654d
 def spec_hash(spec: PruneSpec) -> str:  # 16 hex digits
     "A hash of what is kept of what; provenance does not count"
-    what = asdict(spec)
-    what.pop('provenance')
-    text = json.dumps(what, sort_keys=True)
+    text = json.dumps(without(spec.plain(), 'provenance'), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

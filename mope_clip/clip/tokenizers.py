@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TOKENIZER_OPTIONS', 'PLAIN', 'tokenizer_options', 'refuse_code', 'named_tokenizer', 'quiet_transformers',
-           'load_tokenizer', 'check_ids', 'save_tokenizer', 'as_hugging_face', 'save_for_others']
+           'load_tokenizer', 'check_ids']
 
-# %% ../../nbs/02ga_tokenizers.ipynb #6072537f
+# %% ../../nbs/02ga_tokenizers.ipynb #867157c1
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 import open_clip
 import torch
 
+from .tokens import is_copy
 from ..data.files import first_line, read_json, refuse
 
 # %% ../../nbs/02ga_tokenizers.ipynb #c5bdc88e
@@ -76,7 +77,7 @@ def named_tokenizer(
     no_code = dict(trust_remote_code=False) if hugging else {}
     return open_clip.get_tokenizer(name, context_length=length, **no_code)
 
-# %% ../../nbs/02ga_tokenizers.ipynb #2e6e11f0
+# %% ../../nbs/02ga_tokenizers.ipynb #e49c4f63
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     "Inside, `transformers` does not wonder whose model lies beside a tokenizer"
@@ -98,7 +99,7 @@ def load_tokenizer(
     text = config['model_cfg'].get('text_cfg', {})
     length = text.get('context_length', 77)
     options = tokenizer_options(text, str(folder))
-    if (folder / 'tokenizer_config.json').is_file():
+    if (folder / 'tokenizer_config.json').is_file() and not is_copy(folder):
         refuse_code(folder)
         how = dict(options, tokenizer_mode=text.get('tokenizer_mode'), trust_remote_code=False)
         try:
@@ -130,40 +131,3 @@ def check_ids(
             f'The tokenizer gives token {most}, and the model knows 0 to {known - 1}: '
             'it is the tokenizer of another model.',
         )
-
-# %% ../../nbs/02ga_tokenizers.ipynb #316aac10
-def save_tokenizer(
-    tokenizer: Callable,  # of open_clip
-    folder: Path,
-):
-    "Write the files of a tokenizer, the same whether it was used or not; none of open_clip's"
-    if not hasattr(tokenizer, 'save_pretrained'):
-        return
-    backend = getattr(getattr(tokenizer, 'tokenizer', None), 'backend_tokenizer', None)
-    if backend is not None:
-        backend.no_truncation()
-        backend.no_padding()
-    tokenizer.save_pretrained(str(folder))
-
-# %% ../../nbs/02ga_tokenizers.ipynb #ccb51cba
-def as_hugging_face(tokenizer: open_clip.SimpleTokenizer):  # -> `transformers.CLIPTokenizer`
-    "open_clip's own vocabulary as `transformers` has it"
-    from transformers import CLIPTokenizer
-
-    return CLIPTokenizer(
-        vocab=dict(tokenizer.encoder),
-        merges=list(tokenizer.bpe_ranks),
-        bos_token='<start_of_text>',
-        eos_token='<end_of_text>',
-        unk_token='<end_of_text>',
-        pad_token='<end_of_text>',
-        model_max_length=tokenizer.context_length or 77,
-    )
-
-
-def save_for_others(tokenizer: Callable, folder: Path):
-    "Write the files of a tokenizer for other libraries, open_clip's own vocabulary among them"
-    if isinstance(tokenizer, open_clip.SimpleTokenizer):
-        as_hugging_face(tokenizer).save_pretrained(str(folder))
-    else:
-        save_tokenizer(tokenizer, folder)

@@ -90,6 +90,10 @@ def spec_cost(
             out[name] -= saved['params']
         for name in (f'{tower}_macs', 'macs'):
             out[name] -= saved['macs']
+    if spec.vocabulary is not None:
+        table = clip.text.token_table
+        for name in ('text_params', 'params'):
+            out[name] -= table.numel() - len(spec.vocabulary) * table.shape[1]
     return out
 
 

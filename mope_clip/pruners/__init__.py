@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['draw_repair', 'export_hf', 'export_onnx', 'export_open_clip', 'from_pretrained', 'masked', 'mope_set', 'plan',
-           'plan_depth', 'plan_width', 'prune', 'push_to_hub', 'say_cost', 'repair', 'search', 'stepwise']
+           'plan_depth', 'plan_width', 'prune', 'push_to_hub', 'say_cost', 'repair', 'search', 'stepwise',
+           'trim_vocabulary']
 
-# %% ../../nbs/05k_pruners.ipynb #cd01e141
+# %% ../../nbs/05k_pruners.ipynb #bde7f909
 from ..clip import prune
 from ..clip.layouts import masked
 from .budget import plan, say_cost
-from .export import export_onnx
+from .deploy import export_onnx
 from .formats import export_hf, export_open_clip
 from .hub import from_pretrained, push_to_hub
 from .plan import plan_depth, plan_width
 from .repair import draw_repair, repair
 from .search import search
 from .stepwise import mope_set, stepwise
+from .vocabulary import trim_vocabulary
 
-# %% ../../nbs/05k_pruners.ipynb #9f4c628b
+# %% ../../nbs/05k_pruners.ipynb #a5c7f10a
 _all_ = [
     'draw_repair',
     'export_hf',
@@ -36,4 +38,5 @@ _all_ = [
     'repair',
     'search',
     'stepwise',
+    'trim_vocabulary',
 ]

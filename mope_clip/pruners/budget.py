@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BUDGETS', 'counted', 'say_cost', 'price_in', 'fractions', 'widest', 'one_budget', 'plan']
 
-# %% ../../nbs/05b_budget.ipynb #392a7ca5
+# %% ../../nbs/05b_budget.ipynb #b71be468
 from collections.abc import Callable
 
 import pandas as pd
@@ -15,6 +15,7 @@ from ..clip.model import check_fits
 from ..evaluate import cost, spec_cost
 from ..evaluate import latency as measured
 from .plan import plan_depth, plan_width, spec_from
+from .servable import check_servable, even_shares, plan_even
 
 # %% ../../nbs/05b_budget.ipynb #98efd796
 def counted(clip: Clip, spec: PruneSpec, tower: str) -> str:
@@ -97,7 +98,7 @@ def widest(
             high = middle
     return shares[low]
 
-# %% ../../nbs/05b_budget.ipynb #31fe5a3b
+# %% ../../nbs/05b_budget.ipynb #87104603
 BUDGETS = 'keep', 'params', 'macs', 'latency'
 
 
@@ -127,6 +128,7 @@ def plan(
     multiples: tuple = (1, 1),  # see `plan_width`
     embeddings: bool = True,  # whether token embeddings count as parameters
     batch: int = 32,  # images and captions, for latency
+    servable: bool = False,  # only what stock servers load: all heads, even layers
     log: Callable | None = print,  # is told what the plan will cost
 ) -> PruneSpec:  # by position in `clip`
     "The widest model within one of four budgets; `ValueError` where even the smallest exceeds it"
@@ -135,16 +137,22 @@ def plan(
     keep_count(1, keep_depth)
     check_fits(spec_from(scores, lambda tower, layer, whole: whole), shape_of(clip))
     deep = plan_depth(scores, keep_depth) if keep_depth < 1 else None
+    if servable:
+        check_servable(clip, rank)
 
     def make(share: float) -> PruneSpec:
-        wide = plan_width(scores, share, rank, floor, multiples)
+        if servable:
+            wide = plan_even(scores, share, multiples[1])
+        else:
+            wide = plan_width(scores, share, rank, floor, multiples)
         return both(wide, deep) if deep else wide
 
     share = value
     if kind != 'keep':
         price = price_in(kind, clip, sorted(set(scores.tower)), embeddings, batch)
         limit = value * price(whole_spec(clip)) if value <= 1 else value
-        share = widest(make, fractions(scores, rank), price, limit, kind)
+        shares = even_shares(scores, multiples[1]) if servable else fractions(scores, rank)
+        share = widest(make, shares, price, limit, kind)
     spec = make(share)
     spec.provenance['plan'] = dict(
         budget=given,
@@ -154,6 +162,7 @@ def plan(
         floor=floor,
         multiples=list(multiples),
         embeddings=embeddings,
+        **(dict(servable=True) if servable else {}),
     )
     if log:
         log(say_cost(clip, spec))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['not_plain', 'plain', 'export_open_clip', 'hf_model', 'export_hf']
 
-# %% ../../nbs/05i_formats.ipynb #bf78b97f
+# %% ../../nbs/05i_formats.ipynb #bf78cdec
 import json
 from pathlib import Path
 
@@ -13,8 +13,9 @@ import torch
 
 from ..clip import TOWERS, Clip, save_open_clip, shape_of
 from ..clip.layouts import even
+from ..clip.readme import LOAD_HF, readme
 from ..clip.to_hugging_face import hf_config_and_weights, preprocess_to_hf
-from ..clip.tokenizers import save_for_others
+from ..clip.tokens import write_tokenizer
 from ..data.files import write_folder
 from .export import check_same, probe
 
@@ -67,7 +68,7 @@ def export_open_clip(
     "Write a folder for open_clip's `create_model_and_transforms('local-dir:...')` and tokenizer"
     save_open_clip(plain(clip, pad), folder, dtype)
 
-# %% ../../nbs/05i_formats.ipynb #bf3223bc
+# %% ../../nbs/05i_formats.ipynb #5ed7154f
 @torch.no_grad()
 def hf_model(flat: Clip):  # `transformers.CLIPModel`
     "A plain model in Hugging Face's class; `ValueError` where it computes something else"
@@ -93,7 +94,8 @@ def export_hf(
     pad: bool = False,  # fill removed heads and neurons with zeros
 ):
     "Write a folder for `transformers.CLIPModel`, with preprocessing and a tokenizer of its kind"
-    model = hf_model(plain(clip, pad))
+    flat = plain(clip, pad)
+    model = hf_model(flat)
     side = model.config.vision_config.image_size
     prepared = preprocess_to_hf(clip.config.get('preprocess_cfg') or {}, side)
 
@@ -101,6 +103,7 @@ def export_hf(
         model.save_pretrained(new)
         text = json.dumps(prepared, indent=1)
         (new / 'preprocessor_config.json').write_text(text, encoding='utf-8')
-        save_for_others(clip.tokenizer, new)
+        write_tokenizer(clip.tokenizer, new, copy=False)
+        (new / 'README.md').write_text(readme(flat, LOAD_HF, 'transformers'), encoding='utf-8')
 
     write_folder(folder, write)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COSTS', 'CARD', 'base_cost', 'card_head', 'model_card', 'push_to_hub', 'from_pretrained']
 
-# %% ../../nbs/05j_hub.ipynb #f9b4068b
+# %% ../../nbs/05j_hub.ipynb #2582488b
 import tempfile
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 
 from ..clip import Clip, build_clip, load_clip
 from ..clip.load import from_hub
+from ..clip.readme import preparation
 from ..data.files import first_line, write_atomic
 from ..evaluate import cost
 
@@ -32,7 +33,7 @@ def base_cost(clip: Clip) -> dict:
     with torch.device('meta'):
         return cost(build_clip(clip.config, None))
 
-# %% ../../nbs/05j_hub.ipynb #56546a05
+# %% ../../nbs/05j_hub.ipynb #f32ff66f
 CARD = """---
 {head}
 ---
@@ -46,7 +47,9 @@ Attention heads, FFN neurons and layers of the CLIP model {name} are really remo
 |---|---|---|---|
 {costs}
 
-{results}```python
+{results}{preparation}
+
+```python
 from mope_clip.pruners import from_pretrained
 clip = from_pretrained({where!r})
 features = clip.encode_image(clip.preprocess(image)[None].to(clip.logit_scale), normalize=True)   \
@@ -96,6 +99,7 @@ def model_card(
         results='\n'.join(lines),
         where=where,
         clip=clip,
+        preparation=preparation(clip),
     )
 
 # %% ../../nbs/05j_hub.ipynb #4fd072fb
