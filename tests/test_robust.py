@@ -852,6 +852,18 @@ def test_of_two_runs_in_one_folder_the_second_waits_and_says_for_whom(tmp_path, 
     assert len(said) == 1 and f'process {os.getpid()} on' in said[0] and 'waits' in said[0]
 
 
+def test_who_waits_for_other_processes_says_so_once(monkeypatch):
+    from mope_clip.data import locks
+
+    monkeypatch.setattr(locks, 'PATIENCE', 0.05)
+    said = []
+    waiting = locks.Patience('a store: others score', said.append)
+    waiting.wait(True, 0.06)
+    for _ in range(4):
+        waiting.wait(False, 0.03)
+    assert said == ['a store: others score: this run waits until that ends.']
+
+
 def test_a_run_holds_its_folder_while_it_works(tiny, tmp_path):
     from filelock import FileLock, Timeout
 

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 
 from ..clip import TOWERS, Clip, prune, whole_spec
+from ..data.locks import Patience
 from ..data.progress import Progress
 from ..evaluate import tower_macs
 from mope_clip.metrics.engine import (
@@ -276,7 +277,9 @@ def score_all(
     left = {key: work for key, work in todo.items() if key not in rows}
     steps = sum(len(wanted) * batches_of(task, t) for (t, _), (wanted, _) in left.items())
     scorer = LayerScorer(task, memory, Progress(steps).advance, compile)
+    waiting = Patience(f'{store.folder if store else ""}: other processes score what is left')
     while len(rows) < len(todo):
+        before = len(rows)
         for key, (wanted, split) in left.items():
             if key in rows:
                 continue
@@ -285,7 +288,7 @@ def score_all(
             elif (found := score_claimed(scorer, store, key, wanted, split)) is not None:
                 rows[key] = found
         if len(rows) < len(todo):
-            time.sleep(0.5)  # the rest is being scored by other processes
+            waiting.wait(len(rows) > before)  # the rest is being scored by other processes
     return [row for key in todo for row in rows[key]]
 
 
