@@ -469,7 +469,7 @@ def test_all_reports_are_made_by_their_defaults(odd, called):
 
 def test_reports_that_failed_are_named_at_the_end(called, monkeypatch):
     failed = {'40': 'no data', '41': 'no model'}
-    monkeypatch.setattr('mope_clip.report.page.report_all', lambda: failed)
+    monkeypatch.setattr('mope_clip.report.runner.report_all', lambda: failed)
     said = refused('report --all')
     assert '2 failed: 40 (no data); 41 (no model). The same command' in said
 
