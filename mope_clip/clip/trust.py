@@ -126,6 +126,8 @@ def check_base_sizes(config: dict, shapes: dict, where: str):
     }
     for cfg in widths.values():
         cfg.pop('layers', None)  # of the base: fewer are left
+    if config['spec'].get('vocabulary') is not None:
+        widths['text_cfg'].pop('vocab_size', None)  # the same
     check_sizes(widths, shapes, where)
 
 # %% ../../nbs/02gb_trust.ipynb #d4de8319
