@@ -1,6 +1,7 @@
-# `make finetune` runs the main job, `make test` runs every test, `make reports` makes what is stale or missing in reports/. Each sets up what it needs in .venv/ first.
+# `make finetune` runs the main job, `make test` runs every test in two processes of one thread, `make reports` makes what is stale or missing in reports/. Each sets up what it needs in .venv/ first.
 PYTHON ?= python3
 TASK ?= openmoji
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -11,7 +12,7 @@ finetune: $(STAMP)
 	$(BIN)/python -m mope_clip.cli run 20_finetune -p task $(TASK)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest tests -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n $(WORKERS) --dist worksteal
 
 reports: $(STAMP)
 	$(BIN)/python -m mope_clip.cli report --all

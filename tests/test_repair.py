@@ -572,3 +572,11 @@ def test_a_search_starts_no_worse_than_the_best_plan_by_ranks(teacher, scores, p
     assert found['fitness'] >= max(found['starts'].values())
     assert [z for _, z in found['history']] == sorted(z for _, z in found['history'])
     assert plan(scores, teacher, macs=0.5, log=None).base == spec.base
+
+
+def test_a_student_with_fewer_words_is_refused(teacher, student, pairs):
+    from mope_clip.pruners import trim_vocabulary
+
+    fewer = trim_vocabulary(student, ['a red square'])
+    with pytest.raises(ValueError, match='repair first, then trim'):
+        repair(fewer, teacher, pairs)

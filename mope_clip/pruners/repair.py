@@ -109,7 +109,7 @@ def repair_cost(student: Clip, teacher: Clip, items: dict, how: Calibration) -> 
         streams += 2 * len(x) * stream[0].numel() * stream.dtype.itemsize
     return dict(seconds=seconds, stream_bytes=streams)
 
-# %% ../../nbs/05e_repair.ipynb #c0906398
+# %% ../../nbs/05e_repair.ipynb #6d09e31f
 def check_repair(student: Clip, teacher: Clip, pairs, how: Calibration):
     "Refuse in one sentence what cannot be repaired, or would be repaired on what is reported"
     columns = getattr(pairs, 'column_names', ())
@@ -137,6 +137,10 @@ def check_repair(student: Clip, teacher: Clip, pairs, how: Calibration):
         student.dtype != teacher.dtype,
         f'The student computes in {student.dtype}, the teacher in {teacher.dtype}: bring both to '
         'one type.',
+    )
+    refuse(
+        student.spec.vocabulary != teacher.spec.vocabulary,
+        'Student and teacher have other words: repair first, then trim the vocabulary.',
     )
     for name, model in (('student', student), ('teacher', teacher)):
         finite = all(p.isfinite().all() for p in model.model.parameters())
