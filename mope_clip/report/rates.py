@@ -28,12 +28,12 @@ from mope_clip.metrics.engine import (
     tokens_of,
 )
 
-# %% ../../nbs/07q_rates.ipynb #846f61ae
+# %% ../../nbs/07q_rates.ipynb #af5b13d9
 @dataclass
 class Scale:
     "How much of everything is measured"
 
-    models: tuple = ('ViT-L-14', 'ViT-B-32')
+    models: tuple = ('ViT-L-14', 'ViT-B-32', 'ViT-B-16-SigLIP')
     device: str = 'cuda'
     images: int = 1024  # that layers are sampled on
     captions: int = 8192
@@ -83,6 +83,8 @@ def captions_like_coco(clip: Clip, n: int, seed: int = 0) -> torch.Tensor:  # (n
     "Random ids that end where captions of COCO end: 13 tokens in the mean, 8 to 30"
     generator = torch.Generator().manual_seed(seed)
     ids = clip.text.noise(n, generator)
+    if not clip.text.trims:  # all tokens count, however short the caption
+        return ids
     last, context = len(clip.text.token_table) - 1, clip.text.tokens
     ends = 8 + torch.empty(n).exponential_(1 / 5, generator=generator).long()
     ends = ends.clamp(max=min(30, context - 1))[:, None]
