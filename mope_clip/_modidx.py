@@ -1245,6 +1245,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'mope_clip.metrics.checked.read_table': ( 'checked.html#read_table',
                                                                                      'mope_clip/metrics/checked.py'),
                                            'mope_clip.metrics.checked.shape_in': ('checked.html#shape_in', 'mope_clip/metrics/checked.py'),
+                                           'mope_clip.metrics.checked.size_of': ('checked.html#size_of', 'mope_clip/metrics/checked.py'),
                                            'mope_clip.metrics.checked.units_due': ( 'checked.html#units_due',
                                                                                     'mope_clip/metrics/checked.py'),
                                            'mope_clip.metrics.checked.units_rated': ( 'checked.html#units_rated',

@@ -344,7 +344,7 @@ def test_a_pruned_model_is_saved_and_read_bit_for_bit(zoo, name, tmp_path):
 def test_a_checkpoint_of_open_clip_is_read_by_its_name(zoo, name, tmp_path, monkeypatch):
     config = small_config(name)
     monkeypatch.setattr(open_clip, 'get_model_config', lambda name: config['model_cfg'])
-    monkeypatch.setattr(open_clip, 'get_tokenizer', lambda name: WORDS.tokenizer)
+    monkeypatch.setattr(open_clip, 'get_tokenizer', lambda name, **options: WORDS.tokenizer)
     with at_hand(config['model_cfg'], None) as cfg:
         cfg.pop('custom_text', None)
         model = class_of(config['model_cfg'])(**cfg).eval()

@@ -59,12 +59,17 @@ def shape_of_base(
     return layers + ([[pooler['heads'], pooler['neurons'], 'pooler']] if pooler else [])
 
 
-def even_config(clip: Clip) -> dict:
-    "The configuration of a dense model with as many layers, and the most neurons of each tower"
+def even_config(
+    clip: Clip,
+    told_only: bool = False,  # a tower that its name describes keeps its name, whatever it lost
+) -> dict:
+    """The configuration of a dense model with as many layers, and the most neurons of each tower;
+    `ValueError` for a tower that has no other shape"""
     config = deepcopy(clip.config)
     for name, layers in shape_of(clip).items():
         if clip.tower(name).fixed_shape:
-            check_as_made(clip, name)
+            if not told_only:
+                check_as_made(clip, name)
             continue
         most = max(1, *(neurons for _, neurons in layers))
         ratio = mlp_ratio(clip.tower(name).width, most)

@@ -16,7 +16,8 @@ from .tokens import beyond_file
 # %% ../../nbs/02gc_readme.ipynb #1bfbdb5a
 def prepared(clip: Clip) -> dict:  # open_clip's preprocess_cfg, with all of its settings
     "How pictures are prepared"
-    given = {**(clip.config.get('preprocess_cfg') or {}), 'size': clip.vision.image_size}
+    given, size = clip.config.get('preprocess_cfg') or {}, clip.vision.image_size
+    given = {**given, 'size': (size, size) if isinstance(size, int) else size}
     return asdict(PreprocessCfg(**given))
 
 

@@ -99,7 +99,8 @@ def load_tokenizer(
     text = config['model_cfg'].get('text_cfg', {})
     length = text.get('context_length', 77)
     options = tokenizer_options(text, str(folder))
-    if (folder / 'tokenizer_config.json').is_file() and not is_copy(folder):
+    own = is_copy(folder) and not text.get('hf_tokenizer_name')
+    if (folder / 'tokenizer_config.json').is_file() and not own:
         refuse_code(folder)
         how = dict(options, tokenizer_mode=text.get('tokenizer_mode'), trust_remote_code=False)
         try:

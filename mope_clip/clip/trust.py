@@ -64,14 +64,15 @@ def sizes_said(
 ) -> list:  # of (setting, value in the configuration, value in the weights, most)
     "What a configuration and its weights both say, where both are plain"
     shapes = {name.removeprefix('text.'): shape for name, shape in shapes.items()}
-    said = []
+    said, convolves = [], any(name.startswith('visual.layer1.') for name in shapes)
     for tower, stem in STEMS.items():
         cfg = model_cfg.get(f'{tower}_cfg') or {}
         depth = stem.count('.') + 1
         layers = len({name.split('.')[depth] for name in shapes if name.startswith(stem + '.')})
         said.append((f'{tower} layers', cfg.get('layers'), layers, layers))
         for (of, setting), (name, axis) in EXACT.items():
-            if of == tower and name in shapes:
+            known = name in shapes and not (convolves and tower == 'vision')  # not a ResNet's
+            if of == tower and known:
                 size = shapes[name][axis]
                 said.append((f'{tower} {setting}', cfg.get(setting), size, size))
     vision, patches = model_cfg.get('vision_cfg') or {}, shapes.get('visual.positional_embedding')
@@ -114,11 +115,12 @@ def check_base_sizes(config: dict, shapes: dict, where: str):
             layers = cfg.get('layers', base['layers'])
             ratio = cfg.get('mlp_ratio', 4)
             plain = isinstance(layers, int) and isinstance(ratio, (int, float))
+            told = f'{layers:,}' if plain else layers
             odd = plain and not (layers <= MOST_LAYERS and 0 < ratio <= MOST_RATIO)
             refuse(
                 odd or (plain and 'layers' in cfg and layers != base['layers']),
-                f'{where}/config.json says {layers:,} {tower} layers of ratio {ratio}, and the '
-                f'specification is of {base["layers"]:,}: it was edited or is damaged, copy the '
+                f'{where}/config.json says {told} {tower} layers of ratio {ratio}, and the '
+                f'specification is of {base["layers"]}: it was edited or is damaged, copy the '
                 'folder again.',
             )
     widths = {

@@ -104,7 +104,7 @@ def write_tower(
 def served_config(clip: Clip, weights: str) -> dict:
     "config.json: open_clip's words for servers, and which weights these are"
     told = dict(identity(clip), weights=weights, features=GRAPH_NAMES)
-    return {**even_config(clip)['model_cfg'], **told}
+    return {**even_config(clip, told_only=True)['model_cfg'], **told}
 
 
 def check_files(

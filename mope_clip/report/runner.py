@@ -248,6 +248,7 @@ def report_all() -> dict[str, str]:  # name -> why it failed
         except Exception as e:
             failed[name] = first_line(e)
             print(f'  failed: {failed[name]}', flush=True)
+    write_page()  # pages link to one another
     return failed
 
 # %% ../../nbs/07o_runner.ipynb #7dd2f547
