@@ -107,6 +107,7 @@ def test_a_lesson_says_what_it_teaches(path: Path):
 
 @pytest.mark.parametrize('path', LESSONS, ids=lambda p: p.stem)
 def test_links_between_notebooks_lead_somewhere(path: Path):
-    text = path.read_text(encoding='utf-8')
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    text = '\n'.join(''.join(cell['source']) for cell in cells)
     for link in re.findall(r'\]\(([\w./-]+\.(?:ipynb|md|svg))\)', text):
         assert (path.parent / link).is_file(), f'{path.name} links to {link}'
