@@ -1918,6 +1918,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                              'mope_clip.report.parameters.differing': ( 'parameters.html#differing',
                                                                                         'mope_clip/report/parameters.py'),
                                              'mope_clip.report.parameters.fits': ('parameters.html#fits', 'mope_clip/report/parameters.py'),
+                                             'mope_clip.report.parameters.in_type': ( 'parameters.html#in_type',
+                                                                                      'mope_clip/report/parameters.py'),
                                              'mope_clip.report.parameters.looks_like_setting': ( 'parameters.html#looks_like_setting',
                                                                                                  'mope_clip/report/parameters.py'),
                                              'mope_clip.report.parameters.parameters_of_run': ( 'parameters.html#parameters_of_run',

@@ -699,3 +699,24 @@ def test_fields_of_templates_are_filled_by_their_reports(name):
     for field in re.findall(r'\{\{this.+?\}\}', ''.join(map(source_of, Template(name).cells))):
         if fresh or not any(word in field for word in new):
             fill_own(field, ROOT / 'reports' / name)
+
+
+@pytest.mark.parametrize(
+    'kind, spellings, wanted',
+    [
+        (bool, [False, 'False', 'false', '0', 0], False),
+        (bool, [True, 'True', 'true', '1', 1], True),
+        (int, [3, '3', 3.0], 3),
+        (float, [0.5, '0.5'], 0.5),
+        (str, [2017, '2017'], '2017'),
+        (str, [{'image': 'photo'}, '{"image": "photo"}'], '{"image": "photo"}'),
+        (list, [['a'], '["a"]'], ['a']),
+    ],
+)
+def test_a_parameter_is_read_in_any_spelling_of_its_type(kind, spellings, wanted):
+    from mope_clip.report.parameters import check_parameters
+
+    for given in spellings:
+        namespace = {'__annotations__': {'p': kind}, 'p': given}
+        assert check_parameters(namespace) == {'p': wanted}
+        assert namespace['p'] == wanted and type(namespace['p']) is kind
