@@ -303,6 +303,19 @@ def pruned(scored):
     return scored
 
 
+def test_a_pruned_model_is_repaired_and_a_budget_is_searched(pruned):
+    said = done('repair small --teacher tiny --images 20 --out mended')
+    assert said.splitlines()[-1] == 'model:   mended' and 'maps solved' in said
+    mended = load_clip(pruned / 'mended', device='cpu')
+    assert mended.spec.provenance['repair']['items']['vision'] == 20
+    line = 'search tiny --scores s.parquet --macs .5 --images 20 --calibration-images 20'
+    said = done(f'{line} --evaluations 3 --out found')
+    assert said.splitlines()[-2:] == ['spec:    found.json', 'model:   found']
+    found = load_clip(pruned / 'found', device='cpu')
+    assert cost(found)['macs'] <= 0.5 * cost(load_clip(pruned / 'tiny', device='cpu'))['macs']
+    assert 'exactly one budget' in refused('search tiny --scores s.parquet --out other')
+
+
 def test_a_specification_makes_the_same_model(pruned):
     assert 'in all:' in done('prune tiny --spec spec.json --out again')
     hashes = {weights_hash(loaded(pruned, name)) for name in ('small', 'again')}
