@@ -580,3 +580,31 @@ def test_a_student_with_fewer_words_is_refused(teacher, student, pairs):
     fewer = trim_vocabulary(student, ['a red square'])
     with pytest.raises(ValueError, match='repair first, then trim'):
         repair(fewer, teacher, pairs)
+
+
+def test_captions_that_are_one_string_are_captions(teacher, student, pairs):
+    one = pairs.map(lambda row: {'only': row['captions'][0]}, remove_columns='captions')
+    one = one.rename_column('only', 'captions')
+    lists = pairs.map(lambda row: {'captions': row['captions'][:1]})
+    made = [repair(student, teacher, given, captions=1) for given in (one, lists)]
+    assert same(*made)
+
+
+def test_sums_that_are_not_finite_end_in_a_sentence(teacher, student, pairs):
+    "Half precision overflows in a hidden layer; every weight is finite"
+    big, small = teacher.copy(), student.copy()
+    for clip in (big, small):
+        clip.model.half()
+        with torch.no_grad():
+            for part in clip.vision.blocks[0].neuron_weights():
+                if part.side == 'in':
+                    part.parameter.fill_(60_000.0)
+    with pytest.raises(ValueError, match='Activations are NaN or infinite'):
+        repair(small, big, pairs)
+
+
+def test_a_search_refuses_what_are_no_pairs(teacher, scores, pairs):
+    with pytest.raises(ValueError, match='Search needs image-text pairs'):
+        search(teacher, scores, [1, 2], macs=0.5, log=None)
+    with pytest.raises(ValueError, match='Search needs image-text pairs'):
+        search(teacher, scores, pairs, macs=0.5, calibration=[3], log=None)

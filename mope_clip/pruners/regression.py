@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..data.files import refuse
+
 # %% ../../nbs/05d_regression.ipynb #7e571d9d
 class RegressionSums:
     "Sums, in float64, of a regression from (rows, k) to (rows, d); its error for any weights"
@@ -64,6 +66,11 @@ def ridge(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (d, k), (d,)
     "Weights and bias of the ridge regression, in float64"
     gram, cross = sums.centred() if bias else (sums.hh, sums.hr)
+    refuse(
+        not (gram.isfinite().all() and cross.isfinite().all()),
+        'Activations are NaN or infinite on these items: half precision overflows there, or a '
+        'picture is damaged; bring the models to fp32, or take other items.',
+    )
     if len(gram):
         nu = strength * gram.diagonal().mean().clamp(min=1e-30)
         eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)

@@ -22,7 +22,7 @@ from ..clip import Clip, PruneSpec, shape_of, weights_hash
 from ..data.files import refuse, write_atomic
 from ..data.progress import Progress
 from ..evaluate import cost
-from ..metrics.z import ScoringTask, is_test
+from ..metrics.z import ScoringTask
 from .candidates import Judge
 from mope_clip.pruners.levels import (
     Orders,
@@ -34,6 +34,7 @@ from mope_clip.pruners.levels import (
     smallest,
     starting_plans,
 )
+from .repair import check_pairs
 from .streams import Calibration, calibration_items
 
 # %% ../../nbs/05g_search.ipynb #5db3c703
@@ -148,12 +149,8 @@ def check_search(teacher: Clip, scores: pd.DataFrame, pairs, calibration):
         not {'head', 'ffn'} <= set(scores.module),
         'The table lacks heads or groups of neurons: score with both.',
     )
-    for given in (pairs, calibration):
-        refuse(
-            is_test(getattr(given, 'split', None)),
-            'These pairs are the test split, on which results are reported: '
-            'search on validation pairs.',
-        )
+    for given in (pairs, pairs if calibration is None else calibration):
+        check_pairs(given, 'search', 'search on validation pairs.')
 
 
 def split_pairs(pairs, calibration, how: SearchSettings) -> tuple:  # calibration, judging

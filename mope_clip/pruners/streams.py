@@ -15,6 +15,7 @@ import torch.nn as nn
 
 from ..clip import Clip
 from ..clip.blocks import Tower
+from ..data.columns import captions_of
 from ..data.files import refuse
 from ..data.parallel import World
 from ..evaluate import images_of
@@ -53,7 +54,7 @@ class Calibration:
 def calibration_items(clip: Clip, pairs, how: Calibration) -> dict:
     "Images (n, 3, s, s) and token ids (m, c) of the first pairs"
     few = pairs.select(range(min(how.images, len(pairs))))
-    captions = [caption for own in few['captions'] for caption in own[: how.captions]]
+    captions = [caption for own in captions_of(few) for caption in own[: how.captions]]
     return dict(vision=images_of(clip, few['image']), text=clip.tokenizer(captions))
 
 # %% ../../nbs/05db_streams.ipynb #230a1d2f
