@@ -116,5 +116,5 @@ def test_links_between_notebooks_lead_somewhere(path: Path):
 @pytest.mark.parametrize('name', ['README.md', 'CONTRIBUTING.md', 'data/README.md'])
 def test_pages_of_the_repository_link_to_what_is_there(name):
     page = ROOT / name
-    for link in re.findall(r'\]\(([^)#:]+)\)', page.read_text(encoding='utf-8')):
+    for link in re.findall(r'\]\(([\w.~-]*[./][\w./-]*)\)', page.read_text(encoding='utf-8')):
         assert (page.parent / link).exists(), f'{name} links to {link}'
