@@ -77,7 +77,8 @@ th, td {
   text-align: left; vertical-align: top;
 }
 th[scope=row] {font-weight: normal}
-.wide table {overflow-wrap: normal}
+td {overflow-wrap: anywhere}
+.wide td {overflow-wrap: normal}
 .wide :is(th, td) {text-align: right; white-space: nowrap}
 .wide :is(th[scope=row], td:empty) {text-align: left}
 .state {white-space: nowrap}
