@@ -47,7 +47,17 @@ from mope_clip.metrics.mope import modules_of, preview, ranks_together
 from mope_clip.metrics.table import COLUMNS, check_scoring, neuron_groups
 
 KEYS = ['tower', 'module', 'layer', 'index']
-NAMES = 'mope', 'unimodal', 'taylor', 'fisher', 'activation', 'magnitude', 'every_other', 'random'
+NAMES = (
+    'mope',
+    'unimodal',
+    'taylor',
+    'fisher',
+    'activation',
+    'obs',
+    'magnitude',
+    'every_other',
+    'random',
+)
 
 
 @pytest.fixture(scope='module')

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['HITS', 'METRICS', 'MODULES', 'SMOOTH', 'ScoringTask', 'activation', 'check_z', 'competitions', 'contributions',
-           'every_other', 'fisher', 'kept_probability', 'magnitude', 'mope', 'mope_plain', 'random_scores',
+           'every_other', 'fisher', 'kept_probability', 'magnitude', 'mope', 'mope_plain', 'obs', 'random_scores',
            'register_metric', 'resolved', 'score_by', 'taylor', 'unimodal']
 
 # %% ../../nbs/04h_metrics.ipynb #b93cf623
+from .elimination import obs
 from .mope import mope, mope_plain
 from .resolution import competitions, kept_probability, resolved
 from mope_clip.metrics.rivals import (
@@ -39,6 +40,7 @@ _all_ = [
     'magnitude',
     'mope',
     'mope_plain',
+    'obs',
     'random_scores',
     'register_metric',
     'resolved',

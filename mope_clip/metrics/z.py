@@ -149,6 +149,7 @@ class ScoringTask:
         z: str | Callable = 'mean_recall',
         batch: int | None = None,  # images or captions at a time; None: see `items_at_once`
         precision: str = 'fp32',  # 'bf16' or 'fp16': the towers compute in half precision
+        captions: int | None = None,  # of each image, at most; None: all
     ):
         check_z(z)
         check_task(clip, pairs, z, batch, precision)
@@ -162,12 +163,13 @@ class ScoringTask:
             f'The logit scale of the model is {self.scale:g}, and logits would overflow '
             f'(CLIP ends at 100): its weights are broken, take other ones.',
         )
-        captions = self.suite_prompts() if self.labelled else captions_of(pairs)
-        flat = [caption for own in captions for caption in own]
+        few = [] if self.labelled else [own[:captions] for own in captions_of(pairs)]
+        texts = self.suite_prompts() if self.labelled else few
+        flat = [caption for own in texts for caption in own]
         distinct = {caption: i for i, caption in enumerate(dict.fromkeys(flat))}
         ids = clip.tokenizer(list(distinct))
         self.x = dict(vision=images_of(clip, pairs['image']), text=ids)
-        owner = torch.tensor(pairs['label']) if self.labelled else owners(captions)
+        owner = torch.tensor(pairs['label']) if self.labelled else owners(texts)
         # features and Z stay where the model is: on a GPU ranking is many times faster
         self.owner = owner.to(clip.device)
         self.caption = torch.tensor([distinct[caption] for caption in flat]).to(clip.device)
