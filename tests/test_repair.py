@@ -27,8 +27,9 @@ from mope_clip.evaluate import cost
 from mope_clip.metrics import mope, random_scores
 from mope_clip.pruners import draw_repair, plan, repair, search
 from mope_clip.pruners.levels import Orders, prices_of
+from mope_clip.pruners.moves import Moves
 from mope_clip.pruners.regression import RegressionSums, ridge, solve
-from mope_clip.pruners.search import SearchSettings, step
+from mope_clip.pruners.search import SearchSettings
 
 ONES = dict(images=40)
 
@@ -428,8 +429,9 @@ def test_steps_stay_within_the_budget_and_move_everything(teacher, scores):
     prices, rng = prices_of(orders, 'macs', embeddings=True), random.Random(0)
     levels = {place: n // 2 for place, n in orders.full.items()}
     budget, seen = prices.of(levels), set()
+    moves = Moves(orders, prices, budget, depth=0.1)
     for _ in range(200):
-        levels = step(levels, orders, prices, budget, rng, depth=0.1)
+        levels = moves.step(levels, rng)
         assert prices.of(levels) <= budget + 1e-9
         assert all(any(levels[t, k, m] for (u, k, m) in levels if u == t) for t in TOWERS)
         seen |= {(place, n) for place, n in levels.items()}
@@ -522,11 +524,32 @@ def test_a_walk_finds_what_no_rank_can():
 
     start = {place: max(1, n // 4) for place, n in orders.full.items()}
     assert prices.of(start) < 0.45 and orders.kept(start, 'vision', 1)['heads'] == [2]
-    run = SearchRun(Task(), prices, 0.45, random.Random(0), SearchSettings(300), print)
+    moves = Moves(orders, prices, 0.45)
+    run = SearchRun(Task(), moves, random.Random(0), SearchSettings(300), print)
     run.at = Walk(start, Task().evaluate(start)[0])
     run.walk()
     left = set(orders.kept(run.at.levels, 'vision', 1)['heads'])
     assert left & {0, 1}
+
+
+@pytest.mark.parametrize('budget', [dict(macs=0.5), dict(params=0.6), dict(latency=0.9)])
+def test_a_servable_search_leaves_all_heads_and_even_layers(teacher, scores, pairs, budget):
+    spec = search(teacher, scores, pairs, servable=True, **budget, **QUICK)
+    small = prune(teacher, spec)
+    for tower, sizes in shape_of(small).items():
+        assert len({tuple(size) for size in sizes}) == 1
+        assert sizes[0][0] == shape_of(teacher)[tower][0][0] and sizes[0][1] > 0
+    assert spec.provenance['search']['servable']
+    assert spec.provenance['search']['share'] <= 1.01 * next(iter(budget.values()))
+
+
+def test_what_a_server_has_no_place_for_starts_no_servable_search(teacher, pairs):
+    headless = whole_spec(teacher)
+    headless.text[1]['heads'] = [0]
+    small = prune(teacher, headless)
+    scores = random_scores(small, groups=4)
+    with pytest.raises(ValueError, match='has lost heads'):
+        search(small, scores, pairs, macs=0.5, servable=True, log=None)
 
 
 def test_what_cannot_be_searched_is_one_sentence(teacher, scores, pairs, student):

@@ -82,6 +82,8 @@ def search_arguments(parser: argparse.ArgumentParser):
     add('--calibration-split', default='train', help=f'split {text}')
     add('--calibration-images', type=int, default=1000, help=f'number {text}')
     add('--evaluations', type=int, default=500, help='candidates that are judged')
+    text = 'only what stock servers load: all heads, one number of neurons for all layers'
+    add('--servable', action='store_true', help=text)
     add('--minutes', type=float, help='stop earlier')
     add('--seed', type=int, default=0, help='of the walk')
     text = 'folder of the smaller, repaired model; its specification is OUT.json'
@@ -110,7 +112,8 @@ def search(options: argparse.Namespace) -> str:
     few = options.calibration_images
     calibration = load_pairs(options.task, options.calibration_split, few, root)
     walk = dict(seed=options.seed, evaluations=options.evaluations, minutes=options.minutes)
-    how = dict(judged=options.images, embeddings=not options.no_embeddings, **walk)
+    kept = dict(embeddings=not options.no_embeddings, servable=options.servable)
+    how = dict(judged=options.images, **kept, **walk)
     run = beside(options.out, '-run')
     found = dict(calibration=calibration, folder=run, log=print)
     spec = spread(clip, scores, judging, **{kind: budget}, **found, **how)
