@@ -10,6 +10,7 @@ import random
 from dataclasses import dataclass
 
 import pandas as pd
+import torch
 
 from ..clip import Clip, both, whole_spec
 from ..metrics.table import neuron_groups
