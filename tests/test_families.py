@@ -385,8 +385,10 @@ def test_what_a_format_cannot_hold_is_said(zoo, tmp_path):
         export_open_clip(prune(siglip, uneven(siglip)), tmp_path / 'cut')
     with pytest.raises(ValueError, match='one of timm'):
         export_open_clip(prune(siglip, uneven(siglip)), tmp_path / 'cut', pad=True)
+    mobile = zoo('MobileCLIP2-L-14').copy()
+    mobile.model.float()
     with pytest.raises(ValueError, match='timm_model_name'):
-        export_hf(siglip, tmp_path / 'hf')
+        export_hf(mobile, tmp_path / 'hf')
     coca = zoo('coca_ViT-B-32')
     with pytest.raises(ValueError, match='decoder'):
         save_open_clip(coca, tmp_path / 'coca')
