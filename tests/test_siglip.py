@@ -237,6 +237,14 @@ def test_its_processor_prepares_as_the_model_was_made_for(clip, tmp_path):
     check_close(found['pixel_values'], pixels, eps=1e-5)
 
 
+def test_the_folder_tells_that_padding_is_read(clip, tmp_path):
+    "Without this, sentence-transformers pads a caption to the longest of its batch"
+    export_hf(clip, tmp_path / 'model')
+    told = json.loads((tmp_path / 'model/sentence_bert_config.json').read_text())
+    assert told['processing_kwargs'] == dict(text=dict(padding='max_length'))
+    assert json.loads((tmp_path / 'model/modules.json').read_text())[0]['path'] == ''
+
+
 def test_fewer_words_go_there_too(clip, tmp_path):
     small = trim_vocabulary(clip, SAID, log=lambda line: None)
     export_hf(small, tmp_path / 'model')
@@ -318,8 +326,9 @@ def test_sentence_transformers_loads_it_too(clip, tmp_path):
     small = prune(clip, spec)
     export_hf(small, tmp_path / 'model')
     model = theirs.SentenceTransformer(str(tmp_path / 'model'), device='cpu')
-    model.tokenizer.padding = 'max_length'
     pictures = synth_pairs(2)['image']
     found = torch.tensor(model.encode(pictures, normalize_embeddings=True))
     pixels = torch.stack([small.preprocess(picture) for picture in pictures])
     check_close(found, small.encode_image(pixels, True), eps=1e-2)
+    found = torch.tensor(model.encode(SAID, normalize_embeddings=True))
+    check_close(found, small.encode_text(small.tokenizer(SAID), True), eps=1e-5)
