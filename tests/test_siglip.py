@@ -7,18 +7,20 @@ from contextlib import chdir
 
 import pytest
 import torch
+from clip_benchmark.metrics import zeroshot_retrieval
 from conftest import run
 from fastcore.test import test_close as check_close
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, SiglipConfig, SiglipModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from test_formats import batches, first_of_each_caption
 from zoo import WORDS, in_small, small_clip
 
 from mope_clip.clip import load_clip, prune, shape_of, whole_spec
 from mope_clip.clip.siglip import cfg_from_siglip, from_siglip
 from mope_clip.clip.timm import SiglipShape, know_siglip
 from mope_clip.data import synth_pairs
-from mope_clip.evaluate import cost
+from mope_clip.evaluate import cost, retrieval
 from mope_clip.metrics import mope, mope_plain
 from mope_clip.pruners import export_hf, plan, trim_vocabulary
 
@@ -142,6 +144,23 @@ def test_what_is_saved_is_read_bit_for_bit_in_a_new_process(clip, tmp_path):
     with torch.no_grad():
         assert torch.equal(image, small.encode_image(pixels))
         assert torch.equal(text, small.encode_text(ids))
+
+
+def test_clip_benchmark_takes_what_is_left_of_it(clip):
+    pairs = synth_pairs(64)
+    distinct = pairs.select(sorted(first_of_each_caption(pairs).values()))
+    small = prune(clip, uneven(clip))
+    rows = [
+        (small.preprocess(image), said)
+        for image, said in zip(distinct['image'], distinct['captions'], strict=True)
+    ]
+    theirs = zeroshot_retrieval.evaluate(
+        small.model, batches(rows), small.tokenizer, 'cpu', amp=False, recall_k_list=[1, 5]
+    )
+    ours = retrieval(small, distinct)
+    for k in (1, 5):
+        check_close(100 * theirs[f'image_retrieval_recall@{k}'], ours[f'IR@{k}'], eps=1e-4)
+        check_close(100 * theirs[f'text_retrieval_recall@{k}'], ours[f'TR@{k}'], eps=1e-4)
 
 
 @pytest.mark.parametrize(
