@@ -11,9 +11,9 @@ from clip_benchmark.metrics import zeroshot_retrieval
 from conftest import run
 from fastcore.test import test_close as check_close
 from PIL import Image
+from test_formats import batches, first_of_each_caption
 from transformers import AutoModel, AutoProcessor, SiglipConfig, SiglipModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-from test_formats import batches, first_of_each_caption
 from zoo import WORDS, in_small, small_clip
 
 from mope_clip.clip import load_clip, prune, shape_of, whole_spec
