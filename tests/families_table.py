@@ -1,8 +1,9 @@
 """What of every pretrained tag of open_clip can be compressed: `make families`, data/families.csv.
 
 Weights are not downloaded. The real configuration is made without memory, and its names and shapes
-must pass the loader. The same configuration in small is loaded, scored, pruned, saved, read again
-and exported, with random weights.
+must pass the loader. The same configuration in small is loaded, scored, pruned, repaired, saved,
+read again and exported, with random weights. The last rows are of the next open_clip: its blocks
+are a stand-in (`next_open_clip`), as it is not released.
 """
 
 import json
@@ -17,6 +18,7 @@ import open_clip
 import pandas as pd
 import torch
 import transformers
+from next_open_clip import next_open_clip
 from zoo import HF_REAL, WORDS, in_small, small_config
 
 from mope_clip.clip import TOWERS, Clip, load_clip, prune, whole_spec
@@ -25,12 +27,17 @@ from mope_clip.clip.weights import load_strict
 from mope_clip.clip.whole import at_hand
 from mope_clip.data import synth_pairs
 from mope_clip.evaluate import cost
+from mope_clip.evaluate.recall import images_of
 from mope_clip.metrics import mope
 from mope_clip.metrics.mope import without_module
-from mope_clip.pruners import export_onnx
+from mope_clip.pruners import export_onnx, repair
 
 TABLE = Path(__file__).resolve().parent.parent / 'data' / 'families.csv'
-COLUMNS = 'open_clip family model tag whole params gmacs vision text load save export'.split()
+COLUMNS = (
+    'open_clip family model tag whole params gmacs vision text load repair save export'.split()
+)
+STAND_IN = 'next (stand-in)'  # in the column of open_clip's version
+OF_THE_NEXT = ('ViT-B-32', 'openai'), ('coca_ViT-B-32', 'laion2b_s13b_b90k')
 TIMM = dict(
     vit_base_mci='MobileCLIP ViT',
     vit_large_patch14_clip='MobileCLIP ViT',
@@ -44,13 +51,8 @@ TIMM = dict(
 
 
 def tags() -> list:  # of (model, tag)
-    "Every pretrained tag once: the names that end in quickgelu repeat those of others"
-    out = []
-    for name, tag in open_clip.list_pretrained():
-        base = name.removesuffix('-quickgelu')
-        if base == name or tag not in open_clip.list_pretrained_tags_by_model(base):
-            out.append((name, tag))
-    return out
+    "Every pretrained tag, names that end in quickgelu among them"
+    return open_clip.list_pretrained()
 
 
 def family(name: str) -> str:
@@ -118,8 +120,19 @@ def parts(clip: Clip, pairs, tower: str) -> str:
     return '; '.join([', '.join(can), *dict.fromkeys(cannot)]).strip('; ')
 
 
+def cut(kept: dict, can: str):
+    "Every other head and neuron goes, or a layer where only layers can"
+    for layer in kept:
+        if 'heads' in can:
+            kept[layer]['heads'] = kept[layer]['heads'][layer % 2 :: 2]
+        if 'neurons' in can:
+            kept[layer]['neurons'] = kept[layer]['neurons'][::2]
+    if can == 'layers':
+        del kept[1]
+
+
 @cache
-def small(config_text: str, export: bool = True) -> dict:  # vision, text, save, export
+def small(config_text: str, export: bool = True) -> dict:  # vision, text, repair, save, export
     "What a configuration in small can do, each step tried"
     config, pairs = json.loads(config_text), synth_pairs(6)
     with in_small(), tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
@@ -134,17 +147,30 @@ def small(config_text: str, export: bool = True) -> dict:  # vision, text, save,
         found = {tower: parts(clip, pairs, tower) for tower in TOWERS}
         spec = whole_spec(clip)
         for tower in TOWERS:
-            kept = getattr(spec, tower)
-            for layer in kept:
-                if 'heads' in found[tower].split(';')[0]:
-                    kept[layer]['heads'] = kept[layer]['heads'][layer % 2 :: 2]
-                if 'neurons' in found[tower].split(';')[0]:
-                    kept[layer]['neurons'] = kept[layer]['neurons'][::2]
+            cut(getattr(spec, tower), found[tower].split(';')[0])
         pruned = prune(clip, spec)
+        found['repair'] = repaired(pruned, clip)
         found['save'] = saved(pruned, Path(folder) / 'saved')
         if export:
             found['export'] = exported(pruned, Path(folder) / 'onnx')
     return found
+
+
+@torch.no_grad()
+def repaired(student: Clip, teacher: Clip) -> str:
+    "Whether repair brings both towers nearer to the teacher, or in which words it is refused"
+    pairs = synth_pairs(24, 'train')
+    try:
+        mended = repair(student, teacher, pairs, log=None)
+    except ValueError as e:
+        return said(e)
+    images = images_of(teacher, pairs['image'])
+    ids = teacher.tokenizer([captions[0] for captions in pairs['captions']])
+    for tower, x in dict(vision=images, text=ids).items():
+        before, after, aim = (clip.tower(tower)(x) for clip in (student, mended, teacher))
+        if (after - aim).norm() > (before - aim).norm():
+            return f'{tower} is no nearer'
+    return 'yes'
 
 
 @torch.no_grad()
@@ -182,12 +208,23 @@ def row(name: str, tag: str, export: bool = True) -> dict:
     steps = [real(name)['load'], can.get('save')]
     whole = 'no'
     if all(complete) and steps == ['yes', 'yes']:
-        whole = 'yes'
+        whole = 'yes' if can['repair'] == 'yes' else 'all but repair'
     elif steps == ['yes', 'yes']:
         some = [t for t in TOWERS if 'layers' in can[t].split(';')[0]]
         whole = 'one tower' if len(some) == 1 else 'layers'
     about = dict(open_clip=open_clip.__version__, family=family(name), model=name, tag=tag)
     return {**about, 'whole': whole, **real(name), **can}
+
+
+def row_of_next(name: str, tag: str, export: bool = True) -> dict:
+    "One line of the table, with the blocks of the next open_clip"
+    real.cache_clear()
+    small.cache_clear()
+    with next_open_clip():
+        found = {**row(name, tag, export), 'open_clip': STAND_IN}
+    real.cache_clear()
+    small.cache_clear()
+    return found
 
 
 def main():
@@ -196,10 +233,12 @@ def main():
     for name, tag in tags():
         rows.append(row(name, tag))
         print(f'{name} {tag}: {rows[-1]["whole"]}', file=sys.stderr, flush=True)
+    rows += [row_of_next(name, tag) for name, tag in OF_THE_NEXT]
     table = pd.DataFrame(rows)[COLUMNS]
     table.to_csv(TABLE, index=False)
-    print(table.groupby(['whole', 'family']).size())
-    print(table.whole.value_counts())
+    of_tags = table[table.open_clip != STAND_IN]
+    print(of_tags.groupby(['whole', 'family']).size())
+    print(of_tags.whole.value_counts())
 
 
 if __name__ == '__main__':

@@ -441,7 +441,7 @@ def test_settings_are_read_as_transformers_reads_them():
 @pytest.mark.parametrize(
     ('config', 'sentence'),
     [
-        (dict(model_type='siglip'), "of a 'siglip' model"),
+        (dict(model_type='blip'), "of a 'blip' model"),
         (dict(model_type='clip_text_model'), 'single towers'),
         (hf_config('relu'), "hidden_act 'relu'"),
         (hf_config(eos=[2, 3]), 'eos_token_id [2, 3]'),
@@ -1189,8 +1189,8 @@ def test_a_pruned_model_has_no_place_in_open_clips_format(small, tmp_path):
 def test_folders_that_hold_no_model_or_no_weights_are_refused(tiny, tmp_path):
     with says(FileNotFoundError, 'no open_clip_config.json'):
         load_clip(tmp_path)
-    write_settings(tmp_path, dict(model_type='siglip'))
-    with says(ValueError, 'of a siglip model'):
+    write_settings(tmp_path, dict(model_type='blip'))
+    with says(ValueError, 'of a blip model'):
         load_clip(tmp_path)
     settings = {name: tiny.config[name] for name in ('model_cfg', 'preprocess_cfg')}
     (tmp_path / 'open_clip_config.json').write_text(json.dumps(settings), encoding='utf-8')

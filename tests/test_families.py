@@ -385,8 +385,10 @@ def test_what_a_format_cannot_hold_is_said(zoo, tmp_path):
         export_open_clip(prune(siglip, uneven(siglip)), tmp_path / 'cut')
     with pytest.raises(ValueError, match='one of timm'):
         export_open_clip(prune(siglip, uneven(siglip)), tmp_path / 'cut', pad=True)
+    mobile = zoo('MobileCLIP2-L-14').copy()
+    mobile.model.float()
     with pytest.raises(ValueError, match='timm_model_name'):
-        export_hf(siglip, tmp_path / 'hf')
+        export_hf(mobile, tmp_path / 'hf')
     coca = zoo('coca_ViT-B-32')
     with pytest.raises(ValueError, match='decoder'):
         save_open_clip(coca, tmp_path / 'coca')
@@ -608,3 +610,30 @@ def test_stepwise_planning_and_masks_reach_the_pooler(zoo):
         'neuron',
         'layer',
     }
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    'name, tag, its', [('ViT-B-16-SigLIP', 'laion9b', 'webli'), ('RN50', 'webli', 'openai')]
+)
+def test_an_unknown_tag_and_one_of_another_architecture_are_answered_with_its_own(name, tag, its):
+    with pytest.raises(FileNotFoundError) as told:
+        load_clip(name, tag, device='cpu')
+    assert f'{tag!r} is neither a file nor a tag of {name}; its tags are {its}' in str(told.value)
+
+
+@pytest.mark.parametrize(
+    'of, name', [('ViT-B-16-SigLIP', 'ViT-L-14-CLIPA'), ('MobileCLIP-B', 'PE-Core-B-16')]
+)
+def test_weights_of_another_family_are_one_sentence(zoo, of, name, tmp_path, monkeypatch):
+    other, config = zoo(of).model.state_dict(), small_config(name)
+    torch.save(dict(state_dict=other), tmp_path / 'epoch_3.pt')
+    monkeypatch.setattr(open_clip, 'get_model_config', lambda name: config['model_cfg'])
+    monkeypatch.setattr(open_clip, 'get_tokenizer', lambda name, **options: WORDS.tokenizer)
+    with pytest.raises(ValueError) as told:
+        load_clip(name, tmp_path / 'epoch_3.pt', device='cpu')
+    sentence = str(told.value)
+    assert sentence.startswith(f'The weights are not those of {name}: ')
+    assert 'missing (' in sentence and 'superfluous (' in sentence and '\n' not in sentence

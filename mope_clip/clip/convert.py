@@ -85,7 +85,7 @@ def mlp_ratio(
     ratio = neurons / width
     return ratio if int(width * ratio) == neurons else (neurons + 0.5) / width
 
-# %% ../../nbs/02f_convert.ipynb #474cd00e
+# %% ../../nbs/02f_convert.ipynb #114867f0
 def not_in_open_clip(
     vision: object,  # `transformers.CLIPVisionConfig`
     text: object,  # `transformers.CLIPTextConfig`
@@ -120,7 +120,7 @@ def parse_hf(
     if kind != 'clip':
         raise ValueError(
             f"The configuration is of a {kind!r} model: only Hugging Face's CLIPModel "
-            "(model_type 'clip') is read, not SigLIP, single towers or others."
+            "(model_type 'clip') and SiglipModel ('siglip') are read, not single towers or others."
         )
     from transformers import CLIPConfig
 

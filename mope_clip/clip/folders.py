@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'TOKENIZER_FILES', 'FORMAT', 'NOT_FOR_OTHERS', 'PRECISIONS', 'OWN', 'OPEN_CLIP_WEIGHTS',
-           'PREPARATION_FILES', 'settings_hash', 'write_json', 'saved_config', 'in_precision', 'save_clip',
-           'check_saved', 'seal', 'saved_frame', 'fill_saved', 'load_saved', 'save_open_clip', 'open_clip_weights',
-           'open_clip_config', 'load_open_clip_folder', 'load_hf_folder', 'load_folder', 'load_known_folder']
+           'PREPARATION_FILES', 'CONVERTED', 'SIGLIP_PREPARATION', 'settings_hash', 'write_json', 'saved_config',
+           'in_precision', 'save_clip', 'check_saved', 'seal', 'saved_frame', 'fill_saved', 'load_saved',
+           'save_open_clip', 'open_clip_weights', 'open_clip_config', 'load_open_clip_folder', 'hf_words',
+           'load_hf_folder', 'load_folder', 'load_known_folder']
 
-# %% ../../nbs/02h_folders.ipynb #f7656dc4
+# %% ../../nbs/02h_folders.ipynb #fb48ab39
 import hashlib
 import json
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from .convert import from_hf, preprocess_from_hf
 from .model import Clip, build_clip, prune, weights_hash
 from .readme import LOAD_OPEN_CLIP, LOAD_OURS, readme
+from .siglip import from_siglip, parse_siglip
 from .spec import PruneSpec, full_spec, spec_hash
 from .tokenizers import load_tokenizer, refuse_code, tokenizer_options
 from .tokens import is_own, write_tokenizer
@@ -325,28 +327,48 @@ def load_open_clip_folder(folder: Path, device: str) -> Clip:
         tokenizer = open_clip.get_tokenizer(place)
     return Clip(model.eval(), preprocess, tokenizer, dict(name=folder.name, **config))
 
-# %% ../../nbs/02h_folders.ipynb #aadc5b35
+# %% ../../nbs/02h_folders.ipynb #85d16070
 PREPARATION_FILES = 'preprocessor_config.json', 'processor_config.json'
+CONVERTED = dict(clip=from_hf, siglip=from_siglip)  # Hugging Face's model_type -> what reads it
+# where the file of a SigLIP says nothing
+SIGLIP_PREPARATION = dict(do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 
-def load_hf_folder(folder: Path, config: dict, device: str) -> Clip:
-    "A folder of Hugging Face's `CLIPModel`; `FileNotFoundError` without words, or `ValueError`"
-    converted = from_hf(config, read_weights(folder))
-    cfg = converted.config
-    files = [folder / name for name in PREPARATION_FILES if (folder / name).is_file()]
-    prepared = read_json(files[0]) if files else {}
-    if (folder / 'tokenizer_config.json').is_file():
-        cfg['text_cfg'] |= dict(hf_tokenizer_name='local', tokenizer_kwargs={})
-    elif cfg['text_cfg']['vocab_size'] != 49408:
+def hf_words(
+    folder: Path,
+    kind: str,  # Hugging Face's model_type
+    text_cfg: dict,  # open_clip's
+) -> dict:  # what is to be added to it
+    "Which tokenizer a folder of Hugging Face's has; `FileNotFoundError` where it has none"
+    file = folder / 'tokenizer_config.json'
+    if file.is_file():
+        # as SigLIP's own class does; kept for readers of its files that do not
+        clean = read_json(file).get('tokenizer_class') == 'SiglipTokenizer'
+        options = dict(clean='canonicalize') if clean else {}
+        return dict(hf_tokenizer_name='local', tokenizer_kwargs=options)
+    if kind != 'clip' or text_cfg['vocab_size'] != 49408:
         raise FileNotFoundError(
             f'{folder} has no tokenizer_config.json, and its vocabulary is not that of CLIP: '
             'copy the tokenizer there.'
         )
+    return {}
+
+
+def load_hf_folder(folder: Path, config: dict, device: str) -> Clip:
+    "A folder of `CLIPModel` or `SiglipModel`; `FileNotFoundError` without words, or `ValueError`"
+    kind = config['model_type']
+    refuse_code(folder)
+    converted = CONVERTED[kind](config, read_weights(folder))
+    cfg = converted.config
+    files = [folder / name for name in PREPARATION_FILES if (folder / name).is_file()]
+    prepared = read_json(files[0]) if files else {}
+    cfg['text_cfg'] |= hf_words(folder, kind, cfg['text_cfg'])
     prepared, side = prepared.get('image_processor', prepared), cfg['vision_cfg']['image_size']
+    usual = SIGLIP_PREPARATION if kind == 'siglip' else {}
     settings = dict(
         name=folder.name,
         model_cfg=cfg,
-        preprocess_cfg=preprocess_from_hf(prepared, side),
+        preprocess_cfg=preprocess_from_hf({**usual, **prepared}, side),
         tokenizer='ViT-B-32',
     )
     clip = build_clip(settings, load_tokenizer(folder, settings))
@@ -354,7 +376,7 @@ def load_hf_folder(folder: Path, config: dict, device: str) -> Clip:
     clip.model.to(device)
     return clip
 
-# %% ../../nbs/02h_folders.ipynb #1538ed4e
+# %% ../../nbs/02h_folders.ipynb #64c4638e
 def load_folder(
     folder: Path,
     device: str,  # 'cpu', 'cuda', ...
@@ -377,10 +399,12 @@ def load_known_folder(folder: Path, device: str) -> Clip:
     config = read_json(folder / 'config.json')
     if config.get('library') == 'mope_clip':
         return load_saved(folder, config, device)
-    if config.get('model_type') == 'clip':
-        return load_hf_folder(folder, config, device)
     kind = config.get('model_type') or config.get('library') or 'unknown'
+    if kind in CONVERTED:
+        return load_hf_folder(folder, config, device)
+    if kind == 'siglip2':
+        parse_siglip(config)  # says why not
     raise ValueError(
         f'{folder}/config.json is of a {kind} model, not a model of this library, of open_clip or '
-        'a CLIPModel of Hugging Face.'
+        'a CLIPModel or SiglipModel of Hugging Face.'
     )

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WholeTower', 'WholeVision', 'sides_of', 'WholeText', 'whole_tower', 'hf_text', 'at_hand']
 
-# %% ../../nbs/02dc_whole.ipynb #8c10daae
+# %% ../../nbs/02dc_whole.ipynb #d60b73fe
 import json
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .blocks import Tower
 from .families import FAMILIES
-from .timm import counted_macs
+from .timm import counted_macs, know_siglip
 
 # %% ../../nbs/02dc_whole.ipynb #d8523c3d
 class WholeTower(Tower):
@@ -130,7 +130,7 @@ def whole_tower(net: nn.Module, name: str) -> Tower:
 
 FAMILIES.append((lambda net: True, whole_tower))  # whatever nobody else knows
 
-# %% ../../nbs/02dc_whole.ipynb #f5ad9397
+# %% ../../nbs/02dc_whole.ipynb #1157963b
 def hf_text(
     net: nn.Module,  # a text tower
 ) -> dict | None:
@@ -150,6 +150,7 @@ def at_hand(
     text = model_cfg.get('text_cfg', {})
     if 'hf_model_name' in text:
         text['hf_model_pretrained'] = False
+    know_siglip(model_cfg.get('vision_cfg', {}).get('timm_model_name'))
     with tempfile.TemporaryDirectory() as folder:
         if kept:
             (Path(folder) / 'config.json').write_text(json.dumps(kept), encoding='utf-8')
