@@ -6,9 +6,10 @@
 __all__ = ['WORDS', 'repair_projection', 'repair_map', 'maps_of', 'repair_tower', 'repair_cost', 'check_pairs', 'check_repair',
            'is_untouched', 'repair', 'repair_towers', 'worst_of', 'draw_repair']
 
-# %% ../../nbs/05e_repair.ipynb #09391847
+# %% ../../nbs/05e_repair.ipynb #da18f9d8
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -166,7 +167,7 @@ def is_untouched(student: Clip, teacher: Clip, tower: str) -> bool:
         for name, p in mine.items()
     )
 
-# %% ../../nbs/05e_repair.ipynb #ee396dbc
+# %% ../../nbs/05e_repair.ipynb #5ca44872
 def repair(
     student: Clip,  # pruned from the teacher; stays as it is
     teacher: Clip,  # the unpruned model; stays as it is
@@ -222,19 +223,18 @@ def repair_towers(
     log(f'Repair looks at {counts}: about {cost["seconds"]:.0f} s on this machine.')
     solved = SolvedMaps.of(folder, repaired, teacher, items, how, world)
     maps = sum(len(maps_of(repaired.tower(tower), how)) for tower in items)
-    progress = Progress(maps, 'repair')
-    for tower, x in items.items():
-        nets, places = (
-            (repaired.tower(tower), teacher.tower(tower)),
-            places_in(repaired, teacher, tower),
-        )
-        run = TowerRepair(*nets, places, x, how, world)
-        found[tower] = repair_tower(run, solved, progress)
-        layers = [*getattr(repaired.spec, tower), None]
-        for record in found[tower]:
-            record['layer'] = layers[record['block']]
-        log(worst_of(found[tower], tower))
-    progress.close()
+    with closing(Progress(maps, 'repair')) as progress:
+        for tower, x in items.items():
+            nets, places = (
+                (repaired.tower(tower), teacher.tower(tower)),
+                places_in(repaired, teacher, tower),
+            )
+            run = TowerRepair(*nets, places, x, how, world)
+            found[tower] = repair_tower(run, solved, progress)
+            layers = [*getattr(repaired.spec, tower), None]
+            for record in found[tower]:
+                record['layer'] = layers[record['block']]
+            log(worst_of(found[tower], tower))
     return found
 
 

@@ -6,12 +6,13 @@
 __all__ = ['BUDGETS', 'Walk', 'SearchSettings', 'step', 'spend', 'the_budget', 'check_search', 'split_pairs', 'search',
            'refuse_too_little', 'whole_of', 'SearchRun', 'shrink', 'task_name']
 
-# %% ../../nbs/05g_search.ipynb #25cbc568
+# %% ../../nbs/05g_search.ipynb #dc736a1b
 import hashlib
 import json
 import random
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -229,7 +230,7 @@ def whole_of(orders: Orders, kind: str, embeddings: bool) -> float:
         total += whole[name]
     return total
 
-# %% ../../nbs/05g_search.ipynb #5e2fb247
+# %% ../../nbs/05g_search.ipynb #27d1637b
 @dataclass
 class SearchRun:
     "A walk that can be cut off and goes on"
@@ -300,15 +301,15 @@ class SearchRun:
         "Steps until the candidates or the minutes are spent; Ctrl-C takes the best so far"
         began, first = time.time(), self.at.evaluations
         progress = Progress(self.how.evaluations - first, 'search')
-        try:
-            while self.at.evaluations < self.how.evaluations:
-                self.one_step()
-                progress.update(self.at.evaluations - first, f'Z {self.at.fitness:.2f}')
-                if self.how.minutes and time.time() - began > 60 * self.how.minutes:
-                    break
-        except KeyboardInterrupt:
-            self.log('Stopped: the best so far is taken.')
-        progress.close()
+        with closing(progress):
+            try:
+                while self.at.evaluations < self.how.evaluations:
+                    self.one_step()
+                    progress.update(self.at.evaluations - first, f'Z {self.at.fitness:.2f}')
+                    if self.how.minutes and time.time() - began > 60 * self.how.minutes:
+                        break
+            except KeyboardInterrupt:
+                self.log('Stopped: the best so far is taken.')
         self.log(f'Z {self.at.fitness:.2f} after {self.at.evaluations} candidates.')
 
     def one_step(self):

@@ -101,7 +101,7 @@ def scale_parameters(
     "The parameters of a scale; `ValueError` for a notebook or a scale that is not there"
     return Template(name).scale(scale)
 
-# %% ../../nbs/07o_runner.ipynb #ed1c4490
+# %% ../../nbs/07o_runner.ipynb #f6534c85
 def is_noise(
     output: dict,  # of a cell
 ) -> bool:
@@ -112,7 +112,9 @@ def is_noise(
     html = ''.join(data.get('text/html', '-'))
     if '<progress' in html or 'progress {' in html or not html.strip():
         return True
-    growing = '<Figure size 480x320'  # fastprogress's plot, six by four inches
+    if set(data) == {'text/plain'} and not ''.join(data['text/plain']).strip():
+        return True
+    growing = '<Figure size 480x320'  # the curve of a run, six by four inches
     return ''.join(data.get('text/plain', '')).startswith(growing)
 
 
