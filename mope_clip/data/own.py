@@ -36,13 +36,14 @@ from mope_clip.data.tables import (
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# %% ../../nbs/01la_own.ipynb #f364868f
+# %% ../../nbs/01la_own.ipynb #ff6be560
 def name_of(
     task: str | Path,  # a known task, or a place
 ) -> str:  # fit for a folder
     "What a task is called in reports"
     text = str(task).split('@')[0].rstrip('/')
-    if '/' not in text and not Path(text).exists():
+    is_name = '/' not in text and not Path(text).exists()
+    if not text or is_name or text in (*TASKS, *KARPATHY):
         return text
     parts = [part for part in text.split('/') if part not in ('', '.', '..', '~')]
     name = parts[-1] if parts else Path(text).expanduser().resolve().name

@@ -219,7 +219,7 @@ def stream_pairs(
         print(f'{stream.name}: {len(source):,} shards{written}, {stream.lanes} lanes')
     return stream
 
-# %% ../../nbs/01n_pairs.ipynb #8b9af9c4
+# %% ../../nbs/01n_pairs.ipynb #6c2e391a
 FIRST_LABELLED = 10**9  # index of the first labelled scene
 
 
@@ -232,9 +232,11 @@ def load_labelled(
     check: bool = True,  # decode every picture of a folder once
 ) -> 'Dataset':  # with columns image, label (a `ClassLabel`); prompts by `prompts_of`
     "Labelled images for zero-shot classification, the classes in turn; `ValueError` by name"
-    if suite == 'imagenet' or '/' in suite:
-        return load_folder(suite, split, n, root, skip_unreadable, check)
     embedded = suites()
+    if suite == 'imagenet':
+        return load_folder(suite, split, n, root, skip_unreadable, check)
+    if '/' in suite or (suite not in embedded and Path(suite).is_dir()):
+        return load_folder(suite, split, n, None, skip_unreadable, check)
     refuse(
         suite not in embedded,
         f'Unknown suite {suite!r}: choose one of {", ".join((*embedded, "imagenet"))}, '
