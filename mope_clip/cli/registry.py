@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'NOTHING_KEPT', 'CURABLE', 'Command', 'command', 'WithDefaults', 'parser_for', 'main', 'model_arguments',
-           'data_arguments', 'place_of', 'check_weights', 'writable_beside', 'check_file', 'check_out', 'load_named']
+           'data_arguments', 'pairs_named', 'place_of', 'check_weights', 'writable_beside', 'check_file', 'check_out',
+           'load_named']
 
 # %% ../../nbs/08a_registry.ipynb #fb0f699b
 import argparse
@@ -98,7 +99,7 @@ def main(
         print(said)
     return 0
 
-# %% ../../nbs/08a_registry.ipynb #788ad52c
+# %% ../../nbs/08a_registry.ipynb #542cef34
 def model_arguments(parser: argparse.ArgumentParser, model: str = 'the model'):
     "The arguments that name a model"
     forms = "an open_clip name, 'hf-hub:owner/name', a folder, or a TinyCLIP file"
@@ -112,15 +113,36 @@ def model_arguments(parser: argparse.ArgumentParser, model: str = 'the model'):
 def data_arguments(parser: argparse.ArgumentParser, split: str, images: int | None):
     "The arguments that name image-text pairs"
     parser.add_argument(
-        '--task', default='openmoji', help="'openmoji', 'openmoji-street', 'coco', 'flickr30k'"
+        '--task',
+        default='openmoji',
+        help="'openmoji', 'openmoji-street', 'coco', 'flickr30k'; or your own: a folder, a table, "
+        'shards, hf://owner/name',
     )
     parser.add_argument(
         '--data-root', help='folder of a data set on disk; where it is not given, data/TASK'
     )
+    text = 'which columns are what, where their names do not say it, as JSON: '
+    parser.add_argument('--columns', help=text + '{"image": ..., "captions": ...}')
+    text = 'leave out pictures that cannot be read, instead of refusing the set'
+    parser.add_argument('--skip-unreadable', action='store_true', help=text)
     parser.add_argument('--split', default=split, help="'train', 'validation' or 'test'")
     if images:
         text = 'number of images, each with all of its captions'
         parser.add_argument('--images', type=int, default=images, help=text)
+
+
+def pairs_named(
+    options: argparse.Namespace,
+    split: str = '',  # empty: the one that is asked for
+    images: int | None = None,  # None: as many as are asked for
+):  # -> `Dataset`
+    "The pairs that a command names"
+    from mope_clip.data import load_pairs
+
+    where = dict(root=options.data_root, columns=options.columns)
+    images = images or options.images
+    skip = options.skip_unreadable
+    return load_pairs(options.task, split or options.split, images, **where, skip_unreadable=skip)
 
 # %% ../../nbs/08a_registry.ipynb #71d701f2
 def place_of(model: str) -> Path:

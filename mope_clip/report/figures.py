@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['theme', 'save_figure', 'latex', 'save_table', 'scored_parts', 'plot_heat', 'plot_scores', 'plot_scores_with_errors',
-           'plot_curve', 'plain_picture', 'beside', 'wrapped', 'plot_retrieved', 'size_table']
+           'plot_curve', 'plain_picture', 'beside', 'wrapped', 'some_queries', 'plot_retrieved', 'size_table']
 
-# %% ../../nbs/07f_figures.ipynb #5296151f
+# %% ../../nbs/07f_figures.ipynb #2f56bf1a
 import re
 from pathlib import Path
 
 import pandas as pd
 
 from ..clip import TOWERS, Clip
-from ..data.columns import as_captions
+from ..data.columns import as_captions, captions_of
 from ..data.files import write_atomic
 from ..evaluate import cost, encode, encode_images, latency
 from .code import untraced
@@ -159,7 +159,7 @@ def plot_curve(
     recall.set(xlabel='pairs seen', ylabel='mean recall, validation (%)')
     return fig
 
-# %% ../../nbs/07f_figures.ipynb #b6983598
+# %% ../../nbs/07f_figures.ipynb #42ee075a
 def plain_picture(ax, image=None, framed: bool = False):
     "A picture without axes, in a green frame or in none"
     if image is not None:
@@ -180,6 +180,16 @@ def beside(ax, text: str, at: float, letters: int, size: float):
 def wrapped(text: str, letters: int) -> list[str]:
     "A line in lines of at most so many letters"
     return re.findall(rf'.{{1,{letters}}}(?:\s|$)', text)
+
+
+def some_queries(
+    pairs,  # the gallery
+    n: int = 6,
+) -> list[tuple[int, int]]:  # (index of the image, index of its caption)
+    "Captions spread over a set, whatever the number of captions of each image"
+    told = captions_of(pairs)
+    chosen = [(k * 7 % len(told), k) for k in range(n)]
+    return [(image, k % len(told[image])) for image, k in chosen]
 
 
 def plot_retrieved(
