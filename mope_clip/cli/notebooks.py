@@ -23,7 +23,7 @@ def value_of(text: str):
     except ValueError:
         return text
 
-# %% ../../nbs/08c_notebooks.ipynb #7430491c
+# %% ../../nbs/08c_notebooks.ipynb #816849ab
 def parameter_arguments(parser: argparse.ArgumentParser):
     "The arguments that decide how a notebook is run"
     text = 'a parameter of the notebook; may be given many times'
@@ -33,7 +33,7 @@ def parameter_arguments(parser: argparse.ArgumentParser):
     parser.add_argument('--scale', default='full', help=text + "such as 'smoke'")
 
 
-PLACES = 'task', 'tasks', 'corpora', 'data_root', 'model', 'photos', 'models'
+PLACES = 'task', 'tasks', 'corpora', 'data_root', 'model', 'pretrained', 'photos', 'models'
 
 
 def from_here(name: str, value):
@@ -73,12 +73,12 @@ def run(options: argparse.Namespace) -> str:
     "Execute a notebook into its run folder; what it prints is shown here, its headline last"
     from mope_clip.data.own import name_of
     from mope_clip.report.runner import run_notebook, scale_parameters
-    from mope_clip.report.templates import repo_root
+    from mope_clip.report.templates import check_clone
 
     name = options.name
     parameters = {**scale_parameters(name, options.scale), **parameters_of(options)}
     task = parameters.get('task') or (parameters.get('tasks') or ['openmoji'])[0]
-    default = repo_root() / 'runs' / f'{name}-{name_of(task)}'
+    default = check_clone() / 'runs' / f'{name}-{name_of(task)}'
     folder = Path(str(parameters.get('out_dir') or default)).expanduser().absolute()
     if 'out_dir' in parameters:
         parameters['out_dir'] = str(folder)
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> str:
     run_notebook(name, out, parameters, stdout=sys.stdout)
     return f'report:  {out}'
 
-# %% ../../nbs/08c_notebooks.ipynb #e24d6ce1
+# %% ../../nbs/08c_notebooks.ipynb #e92fb81b
 def report_arguments(parser: argparse.ArgumentParser):
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument('name', nargs='?', help=NAME)
@@ -107,8 +107,9 @@ def report(options: argparse.Namespace) -> str:
     from mope_clip.report.runner import report as make_report
     from mope_clip.report.runner import report_all
     from mope_clip.report.site import write_page
-    from mope_clip.report.templates import repo_root
+    from mope_clip.report.templates import check_clone
 
+    check_clone()
     if not options.all:
         folder = make_report(options.name, options.scale, **parameters_of(options))
         if options.scale == 'full':
@@ -122,9 +123,9 @@ def report(options: argparse.Namespace) -> str:
         raise RuntimeError(
             f'{len(failed)} failed: {said}. The same command goes on with what is missing.'
         )
-    return str(repo_root() / 'reports' / 'index.html')
+    return str(check_clone() / 'reports' / 'index.html')
 
-# %% ../../nbs/08c_notebooks.ipynb #c563605b
+# %% ../../nbs/08c_notebooks.ipynb #d238b197
 def no_arguments(parser: argparse.ArgumentParser):
     "For a command that takes none"
 
@@ -147,7 +148,9 @@ def readme_arguments(parser: argparse.ArgumentParser):
 def index(options: argparse.Namespace) -> str:
     "The pages over all reports"
     from mope_clip.report.site import write_index, write_page
+    from mope_clip.report.templates import check_clone
 
+    check_clone()
     return f'{write_index()}\n{write_page()}'
 
 
@@ -159,9 +162,9 @@ def index(options: argparse.Namespace) -> str:
 def lessons(options: argparse.Namespace):
     "Outputs of library notebooks, one after the other"
     from mope_clip.report.runner import keep_outputs
-    from mope_clip.report.templates import repo_root
+    from mope_clip.report.templates import check_clone
 
-    every = sorted(path.stem for path in (repo_root() / 'nbs').glob('0*.ipynb'))
+    every = sorted(path.stem for path in (check_clone() / 'nbs').glob('0*.ipynb'))
     for name in options.names or every:
         print(keep_outputs(name), flush=True)
 
@@ -170,5 +173,7 @@ def lessons(options: argparse.Namespace):
 def readme(options: argparse.Namespace) -> str:
     "The README"
     from mope_clip.report.readme import write_readme
+    from mope_clip.report.templates import check_clone
 
+    check_clone()
     return str(write_readme(options.check))
