@@ -170,7 +170,7 @@ def prune(options: argparse.Namespace) -> str:
     removed(clip, spec).save(options.out)
     return f'model:   {options.out}'
 
-# %% ../../nbs/08b_pipeline.ipynb #fa1a596e
+# %% ../../nbs/08b_pipeline.ipynb #976ce46c
 def distill_arguments(parser: argparse.ArgumentParser):
     from mope_clip.distill.recipe import STAGES
 
@@ -233,6 +233,8 @@ def distill(options: argparse.Namespace) -> str:
     student = load_named(options)
     teacher = teacher_for(options.task, options.teacher or '', options.teacher_pretrained or '')
     where = dict(root=options.data_root, columns=options.columns)
+    if options.skip_unreadable:  # a stream passes them over, and stops where they are many
+        where['max_broken'] = 1.0
     pairs = stream_pairs(options.task, options.split, **where, seed=options.seed)
     given = {name: getattr(options, name) for name in SETTINGS}
     settings = {name: value for name, value in given.items() if value is not None}
