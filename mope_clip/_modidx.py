@@ -1870,6 +1870,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'mope_clip.report.figures.latex': ('figures.html#latex', 'mope_clip/report/figures.py'),
                                           'mope_clip.report.figures.plain_picture': ( 'figures.html#plain_picture',
                                                                                       'mope_clip/report/figures.py'),
+                                          'mope_clip.report.figures.plot_answers': ( 'figures.html#plot_answers',
+                                                                                     'mope_clip/report/figures.py'),
                                           'mope_clip.report.figures.plot_curve': ('figures.html#plot_curve', 'mope_clip/report/figures.py'),
                                           'mope_clip.report.figures.plot_heat': ('figures.html#plot_heat', 'mope_clip/report/figures.py'),
                                           'mope_clip.report.figures.plot_retrieved': ( 'figures.html#plot_retrieved',

@@ -214,10 +214,10 @@ def test_an_unknown_notebook_is_refused_with_the_list():
 def place(tmp_path, monkeypatch):
     "A folder with the tiny model, in which commands run; squares stand for every task"
 
-    def load(task, split, n=None, root=None):
+    def load(task, split, n=None, **where):
         return synth_pairs(n, split)
 
-    def stream(task, split, root=None, **order):
+    def stream(task, split, **where):
         return synth_pairs(16, split)
 
     monkeypatch.chdir(tmp_path)
