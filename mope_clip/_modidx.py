@@ -53,6 +53,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'mope_clip.cli.registry.data_arguments': ( 'registry.html#data_arguments',
                                                                                    'mope_clip/cli/registry.py'),
                                         'mope_clip.cli.registry.load_named': ('registry.html#load_named', 'mope_clip/cli/registry.py'),
+                                        'mope_clip.cli.registry.look_at_data': ('registry.html#look_at_data', 'mope_clip/cli/registry.py'),
                                         'mope_clip.cli.registry.main': ('registry.html#main', 'mope_clip/cli/registry.py'),
                                         'mope_clip.cli.registry.model_arguments': ( 'registry.html#model_arguments',
                                                                                     'mope_clip/cli/registry.py'),

@@ -510,3 +510,59 @@ def test_the_error_of_a_recall_of_100_is_zero_whatever_the_number_of_captions(mo
     measured = results.recall_rows(tiny_clip(), pairs)
     assert (measured.value == 100).all()
     assert measured.se.max() < 1e-4
+
+
+@pytest.mark.parametrize('command', ['score', 'evaluate', 'distill', 'repair', 'search'])
+def test_what_is_missing_on_disk_is_said_before_a_hub_is_asked(command, capsys, monkeypatch):
+    from mope_clip.cli import main
+
+    monkeypatch.setattr('mope_clip.clip.load_clip', lambda *a: pytest.fail('a hub was asked'))
+    budget = ['--scores', 'none', '--macs', '0.5'] if command == 'search' else []
+    where = ['--task', 'coco', '--data-root', '/no/such']
+    assert main([command, 'hf-hub:owner/name', *where, *budget]) == 1
+    assert 'coco needs its files, and /no/such does not exist' in capsys.readouterr().err
+
+
+def test_a_cut_checkpoint_is_named_before_a_hub_is_asked(tmp_path, monkeypatch):
+    import torch
+
+    from mope_clip.clip import load_clip
+
+    torch.save(dict(a=torch.zeros(999)), tmp_path / 'whole.pt')
+    cut_file = tmp_path / 'cut.pt'
+    cut_file.write_bytes((tmp_path / 'whole.pt').read_bytes()[:2000])
+    monkeypatch.setattr('mope_clip.clip.load.build_clip', lambda *a: pytest.fail('built'))
+    with pytest.raises(ValueError, match=r'cut\.pt cannot be read: it is damaged, truncated'):
+        load_clip('xlm-roberta-base-ViT-B-32', str(cut_file))
+
+
+def test_shards_in_a_folder_with_signs_in_its_name_are_a_pattern(tmp_path):
+    folder = tmp_path / 'my [2019] {web}'
+    shards(folder)
+    for pattern in ('*.tar', '{00000..00003}.tar'):
+        assert len(list(stream_pairs(f'{folder}/{pattern}', epochs=1))) == N
+    assert len(list(stream_pairs(f'{folder}/00000.tar', epochs=1))) == N // 4
+
+
+@pytest.mark.parametrize('kind', ['float16', 'bfloat16'])
+def test_models_in_half_precision_are_scored_and_named_where_they_cannot_learn(kind):
+    import torch
+
+    from mope_clip.clip import prune, tiny_clip
+    from mope_clip.data import synth_pairs
+    from mope_clip.distill import distill
+    from mope_clip.metrics import random_scores, taylor
+    from mope_clip.pruners import plan_width, repair
+
+    half, whole, pairs = tiny_clip(), tiny_clip(), synth_pairs(12, 'train')
+    half.model.to(getattr(torch, kind))
+    spec = plan_width(random_scores(half), keep=0.5)
+    assert len(taylor(half, synth_pairs(6)))
+    repair(prune(half, spec), half, pairs, images=12)
+    cure = r"clip\.save\(folder, precision='fp32'\)"
+    with pytest.raises(ValueError, match=f'The teacher is in half precision.*{cure}'):
+        distill(prune(whole, spec), half, pairs, pairs_seen=8, batch=4)
+    with pytest.raises(ValueError, match=f'The student is in half precision.*{cure}'):
+        distill(prune(half, spec), whole, pairs, pairs_seen=8, batch=4)
+    with pytest.raises(ValueError, match=f'bring both to one type.*{cure}'):
+        repair(prune(whole, spec), half, pairs)

@@ -37,7 +37,7 @@ def named_config(
     prepared = {setting: value for setting, value in tag.items() if setting in PREPROCESS}
     return dict(name=name, model_cfg=cfg, tokenizer=name, preprocess_cfg=prepared)
 
-# %% ../../nbs/02i_load.ipynb #25bd9242
+# %% ../../nbs/02i_load.ipynb #93661243
 def tags_of(name: str, none: str) -> str:
     "The tags of a name in a row, or the word for none"
     return ', '.join(open_clip.list_pretrained_tags_by_model(name)) or none
@@ -74,7 +74,7 @@ def note_activation(name: str):
 
 def load_checkpoint(config: dict, file: Path, device: str) -> Clip:
     "A model of open_clip with the weights of a training checkpoint; `ValueError` by name"
-    name = config['name']
+    name, state = config['name'], read_weights(file)  # before a hub is asked for the rest
     try:
         note_activation(name)
         clip = build_clip(config, named_tokenizer(name))
@@ -83,7 +83,6 @@ def load_checkpoint(config: dict, file: Path, device: str) -> Clip:
             f'The tokenizer or the text model of {name} is not kept here and could not be had '
             f'({first_line(e)}): load it once with a network, or pass a saved folder.'
         ) from e
-    state = read_weights(file)
     if 'multimodal_cfg' in config['model_cfg']:  # its decoder is no part of a CLIP
         state = {key: x for key, x in state.items() if not key.startswith('text_decoder.')}
     load_strict(clip.model, state, name)
