@@ -402,3 +402,167 @@ def test_a_table_beside_it_is_no_damaged_tar(tmp_path):
     csv_of_repeated_rows(tmp_path / 'p')
     assert kind_of(tmp_path / 'p' / 'captions.csv') == 'table'
     assert next(iter(stream_pairs(str(tmp_path / 'p' / 'captions.csv'))))['captions']
+
+
+def test_a_query_is_a_caption_that_its_picture_has():
+    from mope_clip.report.figures import some_queries
+
+    pairs = dict(captions=[['a'], ['b', 'c'], ['d', 'e', 'f'], 'g'])
+    queries = some_queries(pairs)
+    assert len(queries) == 6
+    assert all(which < len(pairs['captions'][image]) for image, which in queries)
+
+
+@pytest.mark.parametrize(
+    'name', ['20_finetune', '52_where_it_matters', '54_gallery', '60_your_model']
+)
+def test_results_are_written_before_pictures_are_drawn(name):
+    from mope_clip.report.templates import Template
+
+    code = '\n'.join(Template(name).code)
+    drawing = r'plot_retrieved\($|plot_answers\(|plot_found\(|\.imshow\('
+    first = min(found.start() for found in re.finditer(drawing, code, re.MULTILINE))
+    assert code.index('report.write()') < first
+
+
+@pytest.mark.parametrize('spelling', ['{"image": "photo", "captions": "alt"}', 'a dict'])
+def test_columns_are_a_parameter_of_a_notebook_in_any_spelling(spelling):
+    from mope_clip.report.parameters import in_type
+
+    mapping = dict(image='photo', captions='alt')
+    value = in_type(mapping if spelling == 'a dict' else spelling, str)
+    assert json.loads(value) == mapping
+
+
+@pytest.fixture
+def asked(tmp_path):
+    "A folder of photos whose columns have to be named, a small model, and the options for both"
+    from mope_clip.clip import tiny_clip
+
+    tiny_clip().save(tmp_path / 'tiny')
+    photos(tmp_path / 'pics')
+    write_csv(tmp_path / 'pics' / 'x.csv', repeated('where', 'alt'))
+    columns = json.dumps(dict(image='where', captions='alt'))
+    return tmp_path, ['--task', tmp_path / 'pics', '--columns', columns]
+
+
+def test_commands_take_a_folder_and_its_columns(asked, capsys):
+    from mope_clip.cli import main
+
+    folder, data = asked
+    tiny = folder / 'tiny'
+    scores = ['--metric', 'taylor', '--out', folder / 'scores.parquet']
+    assert main(['score', tiny, *data, *scores]) == 0, capsys.readouterr().err
+    assert main(['evaluate', tiny, *data, '--split', 'test']) == 0
+    assert 'retrieval pics test: ' in capsys.readouterr().out
+    training = ['--teacher', tiny, '--pairs-seen', '16', '--batch', '8', '--out', folder / 'out']
+    assert main(['distill', tiny, *data, *training]) == 0, capsys.readouterr().err
+    assert main(['repair', tiny, *data, '--teacher', tiny, '--out', folder / 'mended']) == 0
+
+
+def test_commands_leave_out_what_cannot_be_read_where_they_are_asked_to(asked, capsys):
+    from mope_clip.cli import main
+
+    folder, data = asked
+    for name in names():
+        (folder / 'pics' / name).write_bytes(
+            jpeg((9, 9, 9), (16, 16))[: 90 if name == '3.jpg' else None]
+        )
+    words = ['evaluate', folder / 'tiny', *data, '--split', 'train']
+    assert main(words) == 1
+    assert '3.jpg' in capsys.readouterr().err
+    assert main([*words, '--skip-unreadable']) == 0
+
+
+def test_a_place_given_to_a_run_is_meant_from_where_it_is_given(tmp_path, monkeypatch):
+    from mope_clip.cli.notebooks import from_here
+
+    (tmp_path / 'photos').mkdir()
+    (tmp_path / 'coco').mkdir()
+    monkeypatch.chdir(tmp_path)
+    here = str(tmp_path / 'photos')
+    assert from_here('task', 'photos') == from_here('task', './photos/') == here
+    assert from_here('tasks', ['photos', 'openmoji']) == [here, 'openmoji']
+    same = [('task', 'coco'), ('task', 'hf://me/art'), ('model', 'ViT-B-32'), ('z', 'photos')]
+    assert all(from_here(name, value) == value for name, value in same)
+
+
+def test_a_comparison_knows_the_columns_of_its_set():
+    from mope_clip.report.comparison import Comparison, Material
+
+    assert Material(Comparison()).data == dict(root=None)
+    columns = '{"image": "photo"}'
+    assert Material(Comparison(columns=columns)).data == dict(root=None, columns=columns)
+
+
+def test_the_error_of_a_recall_of_100_is_zero_whatever_the_number_of_captions(monkeypatch):
+    import torch
+
+    from mope_clip.clip import tiny_clip
+    from mope_clip.data import synth_pairs
+    from mope_clip.report import results
+
+    pairs = synth_pairs(6)
+    pairs = pairs.map(lambda row, k: dict(captions=[f'{k}'] * (1 + k % 3)), with_indices=True)
+    monkeypatch.setattr(results, 'encode_images', lambda clip, images: torch.eye(6))
+    texts = torch.eye(6)[[int(text) for own in pairs['captions'] for text in own]]
+    monkeypatch.setattr(results, 'encode_captions', lambda clip, captions: texts)
+    measured = results.recall_rows(tiny_clip(), pairs)
+    assert (measured.value == 100).all()
+    assert measured.se.max() < 1e-4
+
+
+@pytest.mark.parametrize('command', ['score', 'evaluate', 'distill', 'repair', 'search'])
+def test_what_is_missing_on_disk_is_said_before_a_hub_is_asked(command, capsys, monkeypatch):
+    from mope_clip.cli import main
+
+    monkeypatch.setattr('mope_clip.clip.load_clip', lambda *a: pytest.fail('a hub was asked'))
+    budget = ['--scores', 'none', '--macs', '0.5'] if command == 'search' else []
+    where = ['--task', 'coco', '--data-root', '/no/such']
+    assert main([command, 'hf-hub:owner/name', *where, *budget]) == 1
+    assert 'coco needs its files, and /no/such does not exist' in capsys.readouterr().err
+
+
+def test_a_cut_checkpoint_is_named_before_a_hub_is_asked(tmp_path, monkeypatch):
+    import torch
+
+    from mope_clip.clip import load_clip
+
+    torch.save(dict(a=torch.zeros(999)), tmp_path / 'whole.pt')
+    cut_file = tmp_path / 'cut.pt'
+    cut_file.write_bytes((tmp_path / 'whole.pt').read_bytes()[:2000])
+    monkeypatch.setattr('mope_clip.clip.load.build_clip', lambda *a: pytest.fail('built'))
+    with pytest.raises(ValueError, match=r'cut\.pt cannot be read: it is damaged, truncated'):
+        load_clip('xlm-roberta-base-ViT-B-32', str(cut_file))
+
+
+def test_shards_in_a_folder_with_signs_in_its_name_are_a_pattern(tmp_path):
+    folder = tmp_path / 'my [2019] {web}'
+    shards(folder)
+    for pattern in ('*.tar', '{00000..00003}.tar'):
+        assert len(list(stream_pairs(f'{folder}/{pattern}', epochs=1))) == N
+    assert len(list(stream_pairs(f'{folder}/00000.tar', epochs=1))) == N // 4
+
+
+@pytest.mark.parametrize('kind', ['float16', 'bfloat16'])
+def test_models_in_half_precision_are_scored_and_named_where_they_cannot_learn(kind):
+    import torch
+
+    from mope_clip.clip import prune, tiny_clip
+    from mope_clip.data import synth_pairs
+    from mope_clip.distill import distill
+    from mope_clip.metrics import random_scores, taylor
+    from mope_clip.pruners import plan_width, repair
+
+    half, whole, pairs = tiny_clip(), tiny_clip(), synth_pairs(12, 'train')
+    half.model.to(getattr(torch, kind))
+    spec = plan_width(random_scores(half), keep=0.5)
+    assert len(taylor(half, synth_pairs(6)))
+    repair(prune(half, spec), half, pairs, images=12)
+    cure = r"clip\.save\(folder, precision='fp32'\)"
+    with pytest.raises(ValueError, match=f'The teacher is in half precision.*{cure}'):
+        distill(prune(whole, spec), half, pairs, pairs_seen=8, batch=4)
+    with pytest.raises(ValueError, match=f'The student is in half precision.*{cure}'):
+        distill(prune(half, spec), whole, pairs, pairs_seen=8, batch=4)
+    with pytest.raises(ValueError, match=f'bring both to one type.*{cure}'):
+        repair(prune(whole, spec), half, pairs)

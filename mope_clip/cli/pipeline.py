@@ -7,7 +7,7 @@ __all__ = ['PLANNING', 'SETTINGS', 'metric_names', 'score_arguments', 'score', '
            'prune', 'distill_arguments', 'distill', 'evaluate_arguments', 'shown', 'check_evaluation', 'numbers_of',
            'evaluate']
 
-# %% ../../nbs/08b_pipeline.ipynb #ce2d3123
+# %% ../../nbs/08b_pipeline.ipynb #7d29024c
 import argparse
 import importlib
 import json
@@ -20,11 +20,12 @@ from mope_clip.cli.registry import (
     command,
     data_arguments,
     load_named,
+    look_at_data,
     model_arguments,
     pairs_named,
 )
 
-# %% ../../nbs/08b_pipeline.ipynb #ba72f376
+# %% ../../nbs/08b_pipeline.ipynb #7b2fdeb7
 def metric_names() -> list:
     "The metrics that the library knows; the part that learns adds one of its own"
     importlib.import_module('mope_clip.distill')
@@ -65,6 +66,7 @@ def score(options: argparse.Namespace) -> str:
     from mope_clip.metrics import score_by
 
     check_file(options.out)
+    look_at_data(options)
     out, clip = Path(options.out).expanduser(), load_named(options)
     pairs = pairs_named(options)
     table = score_by(
@@ -230,6 +232,7 @@ def distill(options: argparse.Namespace) -> str:
 
     check_out(options.out, model=options.model, teacher=options.teacher)
     check_weights(options.teacher, options.teacher_pretrained, '--teacher-pretrained')
+    look_at_data(options)
     student = load_named(options)
     teacher = teacher_for(options.task, options.teacher or '', options.teacher_pretrained or '')
     where = dict(root=options.data_root, columns=options.columns)
@@ -284,7 +287,7 @@ def check_evaluation(options: argparse.Namespace):
         few = 1 if suite in suites() else options.images
         load_labelled(suite, options.split, few, options.data_root, check=False)
 
-# %% ../../nbs/08b_pipeline.ipynb #0a407caa
+# %% ../../nbs/08b_pipeline.ipynb #d411fea3
 def numbers_of(options: argparse.Namespace, clip) -> dict:  # what -> its numbers
     "Recall, zero-shot accuracy, cost and latency, as far as they are asked for"
     from mope_clip.data import load_labelled
@@ -318,6 +321,8 @@ def evaluate(options: argparse.Namespace):
 
     check_file(options.out)
     check_evaluation(options)
+    if not options.no_retrieval:
+        look_at_data(options)
     clip = load_named(options)
     found = numbers_of(options, clip)
     lines = []

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'NOTHING_KEPT', 'IN_PYTHON', 'MAPPING', 'CURABLE', 'Command', 'command', 'WithDefaults', 'parser_for',
-           'as_options', 'main', 'model_arguments', 'data_arguments', 'pairs_named', 'place_of', 'check_weights',
-           'writable_beside', 'check_file', 'check_out', 'load_named']
+           'as_options', 'main', 'model_arguments', 'data_arguments', 'look_at_data', 'pairs_named', 'place_of',
+           'check_weights', 'writable_beside', 'check_file', 'check_out', 'load_named']
 
 # %% ../../nbs/08a_registry.ipynb #929554d0
 import argparse
@@ -133,7 +133,7 @@ def main(
         print(said)
     return 0
 
-# %% ../../nbs/08a_registry.ipynb #542cef34
+# %% ../../nbs/08a_registry.ipynb #622beebe
 def model_arguments(parser: argparse.ArgumentParser, model: str = 'the model'):
     "The arguments that name a model"
     forms = "an open_clip name, 'hf-hub:owner/name', a folder, or a TinyCLIP file"
@@ -163,6 +163,23 @@ def data_arguments(parser: argparse.ArgumentParser, split: str, images: int | No
     if images:
         text = 'number of images, each with all of its captions'
         parser.add_argument('--images', type=int, default=images, help=text)
+
+
+def look_at_data(
+    options: argparse.Namespace,
+    split: str = '',  # empty: the one that is asked for
+):
+    "Say what is missing on disk before a model is loaded, which a hub may be asked for"
+    from contextlib import redirect_stdout
+    from io import StringIO
+
+    from mope_clip.data import load_pairs
+
+    if '://' in f'{options.task} {options.data_root}':
+        return
+    where = dict(root=options.data_root, columns=options.columns)
+    with redirect_stdout(StringIO()):
+        load_pairs(options.task, split or options.split, 1, **where, check=False)
 
 
 def pairs_named(

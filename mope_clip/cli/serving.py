@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FOR_ONNX', 'trim_arguments', 'texts_of', 'trim', 'export_arguments', 'check_export', 'export']
 
-# %% ../../nbs/08bb_serving.ipynb #4ec23f87
+# %% ../../nbs/08bb_serving.ipynb #7d01b708
 import argparse
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from mope_clip.cli.registry import (
     command,
     data_arguments,
     load_named,
+    look_at_data,
     model_arguments,
     pairs_named,
 )
@@ -57,7 +58,7 @@ def trim(options: argparse.Namespace) -> str:
     trim_vocabulary(load_named(options), texts).save(options.out)
     return f'model:   {options.out}'
 
-# %% ../../nbs/08bb_serving.ipynb #236f6319
+# %% ../../nbs/08bb_serving.ipynb #9cd6e872
 # options that mean something for ONNX alone -> what they are where they are not given
 FOR_ONNX = dict(opset=18, weights='fp32', batch=None, task=None, force=False)
 
@@ -99,6 +100,8 @@ def export(options: argparse.Namespace) -> str:
 
     check_export(options)
     check_out(options.out, model=options.model)
+    if options.format == 'onnx' and options.task:
+        look_at_data(options)
     clip = load_named(options)
     if options.format == 'onnx':
         pairs = None

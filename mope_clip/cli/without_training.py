@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['repair_arguments', 'beside', 'repair', 'search_arguments', 'search']
 
-# %% ../../nbs/08ba_repair_and_search.ipynb #96148278
+# %% ../../nbs/08ba_repair_and_search.ipynb #a864f1c5
 import argparse
 from pathlib import Path
 
@@ -16,11 +16,12 @@ from mope_clip.cli.registry import (
     command,
     data_arguments,
     load_named,
+    look_at_data,
     model_arguments,
     pairs_named,
 )
 
-# %% ../../nbs/08ba_repair_and_search.ipynb #4f359b0a
+# %% ../../nbs/08ba_repair_and_search.ipynb #492c848c
 def repair_arguments(parser: argparse.ArgumentParser):
     model_arguments(parser, 'the pruned model')
     data_arguments(parser, 'train', 1000)
@@ -55,6 +56,7 @@ def repair(options: argparse.Namespace) -> str:
 
     check_out(options.out, model=options.model, teacher=options.teacher)
     check_weights(options.teacher, options.teacher_pretrained, '--teacher-pretrained')
+    look_at_data(options)
     student = load_named(options)
     teacher = teacher_for(options.task, options.teacher or '', options.teacher_pretrained or '')
     pairs = pairs_named(options)
@@ -66,7 +68,7 @@ def repair(options: argparse.Namespace) -> str:
         made.save(options.out)
     return f'model:   {options.out}'
 
-# %% ../../nbs/08ba_repair_and_search.ipynb #7ccf6616
+# %% ../../nbs/08ba_repair_and_search.ipynb #b0a7ffc9
 def search_arguments(parser: argparse.ArgumentParser):
     model_arguments(parser, 'the model that was scored')
     data_arguments(parser, 'validation', 250)
@@ -103,6 +105,8 @@ def search(options: argparse.Namespace) -> str:
 
     kind, budget = the_budget(macs=options.macs, params=options.params, latency=options.latency)
     check_out(options.out, model=options.model)
+    for split in (options.split, options.calibration_split):
+        look_at_data(options, split)
     scores, clip = read_scores(options.scores), load_named(options)
     judging = pairs_named(options)
     few = options.calibration_images

@@ -88,7 +88,7 @@ def note_activation(name: str):
 
 def load_checkpoint(config: dict, file: Path, device: str) -> Clip:
     "A model of open_clip with the weights of a training checkpoint; `ValueError` by name"
-    name = config['name']
+    name, state = config['name'], read_weights(file)  # before a hub is asked for the rest
     with hub_at_once() as unreached:
         try:
             note_activation(name)
@@ -98,7 +98,6 @@ def load_checkpoint(config: dict, file: Path, device: str) -> Clip:
                 f'The tokenizer or the text model of {name} is not kept here and could not be had '
                 f'({why_not(e, unreached)}): load it once with a network, or pass a saved folder.'
             ) from e
-    state = read_weights(file)
     if 'multimodal_cfg' in config['model_cfg']:  # its decoder is no part of a CLIP
         state = {key: x for key, x in state.items() if not key.startswith('text_decoder.')}
     load_strict(clip.model, state, name)

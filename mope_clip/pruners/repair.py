@@ -111,7 +111,7 @@ def repair_cost(student: Clip, teacher: Clip, items: dict, how: Calibration) -> 
         streams += 2 * len(x) * stream[0].numel() * stream.dtype.itemsize
     return dict(seconds=seconds, stream_bytes=streams)
 
-# %% ../../nbs/05e_repair.ipynb #6d09e31f
+# %% ../../nbs/05e_repair.ipynb #4fc3eacd
 def check_pairs(
     pairs,
     what: str,  # is done with them: 'repair' or 'search'
@@ -146,7 +146,7 @@ def check_repair(student: Clip, teacher: Clip, pairs, how: Calibration):
     refuse(
         student.dtype != teacher.dtype,
         f'The student computes in {student.dtype}, the teacher in {teacher.dtype}: bring both to '
-        'one type.',
+        "one type, for example by clip.save(folder, precision='fp32').",
     )
     refuse(
         student.spec.vocabulary != teacher.spec.vocabulary,

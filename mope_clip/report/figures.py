@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['theme', 'save_figure', 'latex', 'save_table', 'scored_parts', 'plot_heat', 'plot_scores', 'plot_scores_with_errors',
-           'plot_curve', 'plain_picture', 'beside', 'wrapped', 'some_queries', 'plot_retrieved', 'size_table']
+           'plot_curve', 'plain_picture', 'beside', 'wrapped', 'some_queries', 'plot_retrieved', 'plot_answers',
+           'size_table']
 
 # %% ../../nbs/07f_figures.ipynb #2f56bf1a
 import re
@@ -216,6 +217,33 @@ def plot_retrieved(
                 plain_picture(ax, pairs[hit]['image'], framed=hit == right)
     for m, name in enumerate(models):
         axes[0][1 + m * k].set_title(name, loc='left', fontsize=9)
+    if credit(pairs):
+        fig.supxlabel(credit(pairs), fontsize=7)
+    return fig
+
+# %% ../../nbs/07f_figures.ipynb #75594b0c
+def plot_answers(
+    clip: Clip,
+    pairs,  # the gallery, with a column image
+    queries: list[str],
+    k: int = 6,  # pictures a query
+):  # a figure
+    "What a model finds for words: the first k pictures of each query, with their similarity"
+    import matplotlib.pyplot as plt
+
+    theme()
+    images = encode_images(clip, pairs['image'])
+    similar = images @ encode(clip, 'text', clip.tokenizer(list(queries))).T
+    size = (1.15 * (k + 2), 1.45 * len(queries))
+    fig, axes = plt.subplots(len(queries), k + 1, figsize=size, squeeze=False)
+    for row, query, scores in zip(axes, queries, similar.T, strict=True):
+        beside(row[0], query, at=1, letters=24, size=8)
+        hits = scores.topk(min(k, len(images)))
+        for ax in row[1:]:
+            plain_picture(ax)
+        for ax, hit, score in zip(row[1:], hits.indices, hits.values, strict=False):
+            plain_picture(ax, pairs[int(hit)]['image'])
+            ax.set_title(f'{score:.2f}', fontsize=8)
     if credit(pairs):
         fig.supxlabel(credit(pairs), fontsize=7)
     return fig
