@@ -5,10 +5,12 @@ import json
 import re
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 from conftest import run
+from PIL import Image
 
 from mope_clip.cli import COMMANDS, main
 from mope_clip.cli.notebooks import value_of
@@ -195,6 +197,33 @@ def test_what_a_reader_can_put_right_is_one_sentence(error, monkeypatch):
     assert mope('report', '20_finetune') == (1, '', f'mope: {error}\n')
 
 
+@pytest.mark.parametrize(
+    'line, advice, option',
+    [
+        ('score m', 'leave them out with `skip_unreadable=True`.', '--skip-unreadable.'),
+        ('score m', 'or pass allow_test=True and', '--allow-test and'),
+        ('evaluate m', 'pass pretrained=, one of a.', 'pass --pretrained, one of'),
+        ('repair m', 'columns=dict(image=..., captions=...), and', '--columns \'{"image": ...,'),
+        ('export m --format hf', 'or pass pad=True to fill', 'pass --pad to fill'),
+        ('prune m --spec s', 'or lower keep_depth or', 'lower --keep-depth or'),
+        ('run 20_finetune', 'columns=dict(image=...), and', '-p data_columns \'{"image": ...}\''),
+        (
+            'prune m --spec s',
+            'there is no pad_to= and /a/keep_depth/b',
+            'pad_to= and /a/keep_depth/b',
+        ),
+    ],
+)
+def test_advice_is_given_in_the_words_of_where_it_is_read(line, advice, option, monkeypatch):
+    from mope_clip.cli.registry import COMMANDS
+
+    name = line.split()[0]
+    stopped = replace(COMMANDS[name], action=raising(ValueError(advice)))
+    monkeypatch.setitem(COMMANDS, name, stopped)
+    code, _, err = mope(*line.split())
+    assert code == 1 and option in err
+
+
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr('mope_clip.report.runner.report', raising(ZeroDivisionError('a mistake')))
     with pytest.raises(ZeroDivisionError):
@@ -214,10 +243,10 @@ def test_an_unknown_notebook_is_refused_with_the_list():
 def place(tmp_path, monkeypatch):
     "A folder with the tiny model, in which commands run; squares stand for every task"
 
-    def load(task, split, n=None, root=None):
+    def load(task, split, n=None, **where):
         return synth_pairs(n, split)
 
-    def stream(task, split, root=None, **order):
+    def stream(task, split, **where):
         return synth_pairs(16, split)
 
     monkeypatch.chdir(tmp_path)
@@ -316,6 +345,14 @@ def test_a_pruned_model_is_repaired_and_a_budget_is_searched(pruned):
     assert 'exactly one budget' in refused('search tiny --scores s.parquet --out other')
 
 
+def test_a_table_of_layers_alone_plans_depth(place):
+    done('score tiny --images 8 --modules layer --out layers.parquet')
+    done('prune tiny --scores layers.parquet --keep-depth .5 --out shallow')
+    assert [len(load_clip('shallow').tower(t).blocks) for t in ('vision', 'text')] == [2, 1]
+    assert 'layers alone' in refused('prune tiny --scores layers.parquet --macs .5 --out other')
+    assert 'give --keep-depth below 1' in refused('prune tiny --scores layers.parquet')
+
+
 def test_a_specification_makes_the_same_model(pruned):
     assert 'in all:' in done('prune tiny --spec spec.json --out again')
     hashes = {weights_hash(loaded(pruned, name)) for name in ('small', 'again')}
@@ -350,7 +387,7 @@ def test_scores_of_another_model_are_noted(pruned, monkeypatch):
         ),
         ('evaluate small --no-retrieval --latency 1 0', 'from 1 on, and not 0'),
         ('export small --format onnx --out small', 'is the model itself'),
-        ('export small --format hf', 'pad=True'),
+        ('export small --format hf', 'or pass --pad to fill'),
         ('export small --format onnx --pad', 'ONNX has room'),
         ('export small --format hf --opset 23', '--opset is for ONNX'),
         ('export small --format onnx --opset 9', 'the exporter writes 18 to 24'),
@@ -393,6 +430,17 @@ def test_numbers_are_for_the_eye_and_for_a_program(pruned):
     assert 'mean_recall' in out
 
 
+def test_a_suite_may_be_a_folder_of_ones_own(place):
+    for name, colour in (('cat', 'red'), ('dog', 'blue')):
+        (place / 'pets' / name).mkdir(parents=True)
+        Image.new('RGB', (40, 40), colour).save(place / 'pets' / name / '1.png')
+    (place / 'pets' / 'dog' / '2.png').write_bytes(b'no picture')
+    line = 'evaluate tiny --no-retrieval --images 4 --data-root elsewhere'
+    for suite in ('pets', './pets', str(place / 'pets')):
+        assert '--skip-unreadable' in refused(f'{line} --suites {suite}')
+        assert 'zero-shot' in done(f'{line} --skip-unreadable --suites {suite}')
+
+
 def test_recall_may_be_left_out(place):
     assert 'retrieval' not in done('evaluate tiny --no-retrieval')
 
@@ -421,7 +469,7 @@ def asked(monkeypatch, tmp_path):
 
 def test_a_run_says_its_place_first_and_its_headline_last(asked, tmp_path, monkeypatch):
     monkeypatch.setattr('mope_clip.report.runner.scale_parameters', lambda name, scale: {})
-    monkeypatch.setattr('mope_clip.report.templates.repo_root', lambda: tmp_path)
+    monkeypatch.setattr('mope_clip.report.templates.check_clone', lambda: tmp_path)
     lines = done('run 20_finetune -p task coco').splitlines()
     place = tmp_path / 'runs' / '20_finetune-coco' / '20_finetune.ipynb'
     assert lines[0] == f'Running 20_finetune; the executed notebook will be {place}'

@@ -7,6 +7,7 @@ import pty
 import re
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,84 @@ def test_progress_on_a_terminal_is_a_bar_and_the_result_stays_on_standard_output
     assert '\r' in seen.decode() and '[20/20' in seen.decode() and 'counting' in seen.decode()
     *_, last = seen.decode().rstrip('\r\n').split('\r')
     assert not last.strip()  # the bar is gone, also after a loop that ended early
+
+
+SLOW = """
+import sys, time
+from mope_clip.data import progress as room
+room.SECONDS_BETWEEN_LINES = .2
+shown = room.Progress(3, 'layers')
+time.sleep(.5)
+shown.close()
+room.Progress(3, 'short').close()
+patient = room.Progress(3, 'patient', patience=9)
+patient.update(1)
+time.sleep(.5)
+"""
+
+
+def test_work_whose_first_step_is_long_is_heard_all_the_same():
+    found = run(sys.executable, '-c', SLOW, MOPE_CLIP_PROGRESS='1', PYTHONPATH=str(ROOT))
+    assert found.stderr.splitlines() == ['0/3, layers']
+
+
+def test_the_pace_is_that_of_this_run(monkeypatch, capsys):
+    monkeypatch.setenv('MOPE_CLIP_PROGRESS', '1')
+    monkeypatch.setattr(progress, 'SECONDS_BETWEEN_LINES', 0.0)
+    now = [0.0]
+    monkeypatch.setattr(progress.time, 'monotonic', lambda: now[0])
+    shown = progress.Progress(100, done=90)
+    now[0] = 10.0
+    shown.update(95)
+    shown.close()
+    assert '95/100, 0:00:10 left' in capsys.readouterr().err
+
+
+def test_a_notebook_keeps_no_bar(monkeypatch):
+    kept = []
+
+    class Place:
+        def update(self, data, raw):
+            kept[:] = [data]
+
+    def display(data, raw, display_id):
+        kept.append(data)
+        return Place()
+
+    monkeypatch.setenv('MOPE_CLIP_PROGRESS', '1')
+    monkeypatch.setattr('IPython.display.display', display)
+    monkeypatch.setattr(progress, 'in_notebook', lambda: True)
+    shown = progress.Progress(4, '<b>')
+    shown.update(4)
+    assert 'value="4" max="4"' in kept[0]['text/html'] and '&lt;b&gt;' in kept[0]['text/html']
+    shown.close()
+    assert kept == [{'text/plain': ''}]
+    kept.clear()
+    with closing(progress.progress(range(3))) as loop:
+        next(loop)
+        assert 'max="3"' in kept[0]['text/html']
+    assert kept == [{'text/plain': ''}], 'also where a loop was interrupted'
+
+
+REMARKS = """
+import logging, sys, types, warnings
+sys.modules['ipywidgets'] = None  # not installed
+kernel = types.SimpleNamespace(config={'IPKernelApp': {}}, kernel=1)
+sys.modules['IPython'] = types.ModuleType('IPython')
+sys.modules['IPython'].get_ipython = lambda: kernel
+import mope_clip.clip
+from tqdm.auto import tqdm
+import torch
+logging.getLogger('torch.utils.cpp_extension').warning("No CUDA runtime is found, using %r", 'x')
+logging.getLogger('torch.utils.cpp_extension').warning('something of use')
+"""
+
+
+def test_no_library_remarks_on_a_machine_without_fault():
+    found = run(sys.executable, '-c', REMARKS, PYTHONPATH=str(ROOT))
+    assert found.returncode == 0, found.stderr
+    assert 'TqdmWarning' not in found.stderr and 'CUDA' not in found.stderr
+    assert 'something of use' in found.stderr
 
 
 def test_progress_is_silent_where_it_is_switched_off(monkeypatch):

@@ -1,5 +1,6 @@
 "What modules are worth: Z by hand, the engine against brute force, stores, the rivals, resolution."
 
+import sys
 import tempfile
 from itertools import chain
 from pathlib import Path
@@ -43,7 +44,13 @@ from mope_clip.metrics.engine import (
     layer_macs,
     tokens_of,
 )
-from mope_clip.metrics.mope import modules_of, preview, ranks_together
+from mope_clip.metrics.mope import (
+    macs_of_layers,
+    modules_of,
+    preview,
+    ranks_together,
+    score_all,
+)
 from mope_clip.metrics.table import COLUMNS, check_scoring, neuron_groups
 
 KEYS = ['tower', 'module', 'layer', 'index']
@@ -343,6 +350,35 @@ def test_a_rank_of_all_layers_is_one_candidate(clip, pairs, todo):
     assert at_once['text', 1][0] == [*(('head', i) for i in range(4)), ('layer', 0)]
     groups_alone = ranks_together(modules_of(clip, pairs, modules=('ffn',), groups=4))
     assert list(groups_alone) == [('vision', 'all'), ('text', 'all')]
+
+
+def test_the_bar_counts_what_the_preview_counts(clip, pairs, todo, monkeypatch):
+    "Each layer moves it by its share of the seconds that were foretold"
+    seen = []
+
+    class Shown:
+        shown = 'log'
+
+        def __init__(self, total, what):
+            assert total == 100
+
+        def update(self, done):
+            seen.append(done)
+
+        def close(self):
+            seen.append('closed')
+
+    room = sys.modules['mope_clip.metrics.mope']  # the name is the function's
+    monkeypatch.setattr(room, 'Progress', Shown)
+    monkeypatch.setattr(room, 'seconds_per_mac', lambda *_: 1.0)
+    task = ScoringTask(clip, pairs)
+    macs = macs_of_layers(task, todo)
+    score_all(task, todo)
+    *steps, last, closed = seen
+    assert (last, closed) == (100, 'closed') and steps == sorted(steps)
+    first = macs[next(iter(todo))] / sum(macs.values())
+    batches = -(-len(pairs) // task.items_at_once('vision'))
+    assert abs(steps[batches - 1] - 100 * first) <= 1
 
 
 def test_a_preview_counts_what_is_saved(clip, pairs, todo):

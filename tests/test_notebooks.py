@@ -84,7 +84,7 @@ def test_teacher_notebook_trains_and_resumes(tmp_path):
     assert json.loads((tmp_path / 'out' / 'results.json').read_text())['rows'] == first['rows']
 
 
-@pytest.mark.parametrize('name', [n for n in TEMPLATES if n > '21'])
+@pytest.mark.parametrize('name', [n for n in TEMPLATES if '21' < n < '60'])
 def test_table_or_figure_notebook_runs_at_smoke_size(name, tmp_path):
     import yaml
 
@@ -108,3 +108,31 @@ def test_table_or_figure_notebook_runs_at_smoke_size(name, tmp_path):
     assert results['claims'] and all(
         {'id', 'verdict', 'value', 'rule', 'text'} <= set(c) for c in results['claims']
     )
+
+
+def test_your_model_runs_on_a_folder_of_photos(tmp_path):
+    "Scenes as somebody's photos, with one to four captions each"
+    import yaml
+
+    from mope_clip.data import scene
+
+    photos = tmp_path / 'my photos [2026]'
+    photos.mkdir()
+    lines = ['filepath,caption']
+    for k in range(150):
+        drawn = scene('openmoji', 'train', k)
+        drawn.image.save(photos / f'{k}.jpg')
+        lines += [f'{k}.jpg,"{caption}"' for caption in drawn.captions[: 1 + k % 4]]
+    (photos / 'captions.csv').write_text('\n'.join(lines), encoding='utf-8')
+    smoke = yaml.safe_load((ROOT / 'nbs' / '60_your_model.yaml').read_text())['smoke']
+    given = dict(smoke, task=photos, queries='["red", "a dog"]', out_dir=tmp_path / 'out')
+    words = [word for name, value in given.items() for word in ('-p', name, value)]
+    r = run(sys.executable, '-m', 'mope_clip.cli', 'run', '60_your_model', *words, cwd=tmp_path)
+    assert r.returncode == 0, r.stderr[-3000:]
+    assert '% of the mean recall is left with' in r.stdout
+    results = json.loads((tmp_path / 'out' / 'results.json').read_text())
+    assert results['claims'] == []
+    assert {row['task'] for row in results['rows']} == {'my-photos-2026'}
+    assert {row['stage'] for row in results['rows']} >= {'whole model', 'searched, repaired'}
+    made = {path.name for path in (tmp_path / 'out').iterdir()}
+    assert made >= {'model', 'deploy', 'heads.csv', 'answers.png', 'intervals.png', 'models.csv'}

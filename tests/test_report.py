@@ -89,6 +89,17 @@ def test_a_wrong_parameter_is_one_sentence(wrong, sentence):
     assert str(e.value) == sentence
 
 
+def test_a_notebook_that_is_run_again_may_find_what_its_later_cells_have_left():
+    from mope_clip.report.parameters import check_parameters
+
+    report, later = 'report = Report(globals())', 'data = dict(a=1)\nfor n in (1, 2):\n    pass'
+    space = {**GOOD, 'data': {}, 'n': 2}
+    check_parameters({**space, '_ih': ['', 'keep: float = 1', report, later, '%magic', report]})
+    for executed in ([''], ['', later, report]):  # as papermill puts it before the report
+        with pytest.raises(ValueError, match="Unknown parameter 'data'"):
+            check_parameters({**space, '_ih': executed})
+
+
 def test_types_are_those_of_numbers_and_not_of_truth():
     from mope_clip.report.parameters import fits
 
@@ -411,6 +422,7 @@ def test_noise_is_taken_out_of_an_executed_notebook(toy_repo):
         shown('text/html', ['<table></table>']),
         shown('text/html', ['\n<style>\n progress {border: none}</style>']),
         shown('text/html', ''),
+        shown('text/plain', ''),
         shown('text/plain', ['<Figure size 480x320 with 1 Axes>']),
         warning,
     ]

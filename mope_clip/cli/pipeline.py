@@ -7,7 +7,7 @@ __all__ = ['PLANNING', 'SETTINGS', 'metric_names', 'score_arguments', 'score', '
            'prune', 'distill_arguments', 'distill', 'evaluate_arguments', 'shown', 'check_evaluation', 'numbers_of',
            'evaluate']
 
-# %% ../../nbs/08b_pipeline.ipynb #72171c5a
+# %% ../../nbs/08b_pipeline.ipynb #7d29024c
 import argparse
 import importlib
 import json
@@ -20,10 +20,12 @@ from mope_clip.cli.registry import (
     command,
     data_arguments,
     load_named,
+    look_at_data,
     model_arguments,
+    pairs_named,
 )
 
-# %% ../../nbs/08b_pipeline.ipynb #24188958
+# %% ../../nbs/08b_pipeline.ipynb #7b2fdeb7
 def metric_names() -> list:
     "The metrics that the library knows; the part that learns adds one of its own"
     importlib.import_module('mope_clip.distill')
@@ -60,13 +62,13 @@ def score_arguments(parser: argparse.ArgumentParser):
 )
 def score(options: argparse.Namespace) -> str:
     "Scores into a Parquet table"
-    from mope_clip.data import load_pairs
     from mope_clip.data.files import write_atomic
     from mope_clip.metrics import score_by
 
     check_file(options.out)
+    look_at_data(options)
     out, clip = Path(options.out).expanduser(), load_named(options)
-    pairs = load_pairs(options.task, options.split, options.images, options.data_root)
+    pairs = pairs_named(options)
     table = score_by(
         options.metric,
         clip,
@@ -170,7 +172,7 @@ def prune(options: argparse.Namespace) -> str:
     removed(clip, spec).save(options.out)
     return f'model:   {options.out}'
 
-# %% ../../nbs/08b_pipeline.ipynb #31c5c93e
+# %% ../../nbs/08b_pipeline.ipynb #976ce46c
 def distill_arguments(parser: argparse.ArgumentParser):
     from mope_clip.distill.recipe import STAGES
 
@@ -230,9 +232,13 @@ def distill(options: argparse.Namespace) -> str:
 
     check_out(options.out, model=options.model, teacher=options.teacher)
     check_weights(options.teacher, options.teacher_pretrained, '--teacher-pretrained')
+    look_at_data(options)
     student = load_named(options)
     teacher = teacher_for(options.task, options.teacher or '', options.teacher_pretrained or '')
-    pairs = stream_pairs(options.task, options.split, root=options.data_root, seed=options.seed)
+    where = dict(root=options.data_root, columns=options.columns)
+    if options.skip_unreadable:  # a stream passes them over, and stops where they are many
+        where['max_broken'] = 1.0
+    pairs = stream_pairs(options.task, options.split, **where, seed=options.seed)
     given = {name: getattr(options, name) for name in SETTINGS}
     settings = {name: value for name, value in given.items() if value is not None}
     run = Path(options.out).with_name(Path(options.out).name + '-run')
@@ -281,18 +287,20 @@ def check_evaluation(options: argparse.Namespace):
         few = 1 if suite in suites() else options.images
         load_labelled(suite, options.split, few, options.data_root, check=False)
 
-# %% ../../nbs/08b_pipeline.ipynb #50c3dfa9
+# %% ../../nbs/08b_pipeline.ipynb #d411fea3
 def numbers_of(options: argparse.Namespace, clip) -> dict:  # what -> its numbers
     "Recall, zero-shot accuracy, cost and latency, as far as they are asked for"
-    from mope_clip.data import load_labelled, load_pairs
+    from mope_clip.data import load_labelled
+    from mope_clip.data.own import name_of
     from mope_clip.evaluate import cost, latency, retrieval, zero_shot
 
     found, some = {}, (options.split, options.images, options.data_root)
     if not options.no_retrieval:
-        pairs = load_pairs(options.task, *some)
-        found[f'retrieval {options.task} {options.split}'] = retrieval(clip, pairs, options.batch)
+        name = f'retrieval {name_of(options.task)} {options.split}'
+        pairs = pairs_named(options)
+        found[name] = retrieval(clip, pairs, options.batch)
     for suite in options.suites:
-        labelled = load_labelled(suite, *some)
+        labelled = load_labelled(suite, *some, skip_unreadable=options.skip_unreadable)
         accuracy = zero_shot(clip, labelled, batch=options.batch)
         found[f'zero-shot {suite} {options.split}'] = accuracy
     found['cost'] = cost(clip)
@@ -313,6 +321,8 @@ def evaluate(options: argparse.Namespace):
 
     check_file(options.out)
     check_evaluation(options)
+    if not options.no_retrieval:
+        look_at_data(options)
     clip = load_named(options)
     found = numbers_of(options, clip)
     lines = []

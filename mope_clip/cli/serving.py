@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FOR_ONNX', 'trim_arguments', 'texts_of', 'trim', 'export_arguments', 'check_export', 'export']
 
-# %% ../../nbs/08bb_serving.ipynb #00ce4cd4
+# %% ../../nbs/08bb_serving.ipynb #7d01b708
 import argparse
 from pathlib import Path
 
@@ -14,10 +14,12 @@ from mope_clip.cli.registry import (
     command,
     data_arguments,
     load_named,
+    look_at_data,
     model_arguments,
+    pairs_named,
 )
 
-# %% ../../nbs/08bb_serving.ipynb #c59e498a
+# %% ../../nbs/08bb_serving.ipynb #a7b45443
 def trim_arguments(parser: argparse.ArgumentParser):
     model_arguments(parser, 'the model to trim')
     text = 'a file with a text a line; where it is not given, the captions of the task'
@@ -28,11 +30,10 @@ def trim_arguments(parser: argparse.ArgumentParser):
 
 def texts_of(options: argparse.Namespace) -> list:
     "The texts of a file, or the captions of a task; `FileNotFoundError` or `ValueError`"
-    from mope_clip.data import load_pairs
     from mope_clip.data.files import refuse
 
     if not options.texts:
-        pairs = load_pairs(options.task, options.split, options.images, options.data_root)
+        pairs = pairs_named(options)
         return list(pairs['captions'])
     file = Path(options.texts).expanduser()
     refuse(
@@ -57,7 +58,7 @@ def trim(options: argparse.Namespace) -> str:
     trim_vocabulary(load_named(options), texts).save(options.out)
     return f'model:   {options.out}'
 
-# %% ../../nbs/08bb_serving.ipynb #6420920c
+# %% ../../nbs/08bb_serving.ipynb #9cd6e872
 # options that mean something for ONNX alone -> what they are where they are not given
 FOR_ONNX = dict(opset=18, weights='fp32', batch=None, task=None, force=False)
 
@@ -95,16 +96,17 @@ def check_export(options: argparse.Namespace):
 @command('export', "write a model in another library's format", export_arguments)
 def export(options: argparse.Namespace) -> str:
     "A folder that another library reads"
-    from mope_clip.data import load_pairs
     from mope_clip.pruners import export_hf, export_onnx, export_open_clip
 
     check_export(options)
     check_out(options.out, model=options.model)
+    if options.format == 'onnx' and options.task:
+        look_at_data(options)
     clip = load_named(options)
     if options.format == 'onnx':
         pairs = None
         if options.task:
-            pairs = load_pairs(options.task, options.split, options.images, options.data_root)
+            pairs = pairs_named(options)
         names = 'opset', 'weights', 'batch', 'force'
         settings = {name: getattr(options, name) for name in names}
         export_onnx(clip, options.out, pairs=pairs, **settings)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['repair_arguments', 'beside', 'repair', 'search_arguments', 'search']
 
-# %% ../../nbs/08ba_repair_and_search.ipynb #9dd972a5
+# %% ../../nbs/08ba_repair_and_search.ipynb #a864f1c5
 import argparse
 from pathlib import Path
 
@@ -16,10 +16,12 @@ from mope_clip.cli.registry import (
     command,
     data_arguments,
     load_named,
+    look_at_data,
     model_arguments,
+    pairs_named,
 )
 
-# %% ../../nbs/08ba_repair_and_search.ipynb #c8565c08
+# %% ../../nbs/08ba_repair_and_search.ipynb #492c848c
 def repair_arguments(parser: argparse.ArgumentParser):
     model_arguments(parser, 'the pruned model')
     data_arguments(parser, 'train', 1000)
@@ -48,16 +50,16 @@ def beside(out: str, ending: str) -> Path:
 )
 def repair(options: argparse.Namespace) -> str:
     "A pruned model whose output weights are solved anew"
-    from mope_clip.data import load_pairs
     from mope_clip.data.parallel import processes
     from mope_clip.distill import teacher_for
     from mope_clip.pruners import repair as mended
 
     check_out(options.out, model=options.model, teacher=options.teacher)
     check_weights(options.teacher, options.teacher_pretrained, '--teacher-pretrained')
+    look_at_data(options)
     student = load_named(options)
     teacher = teacher_for(options.task, options.teacher or '', options.teacher_pretrained or '')
-    pairs = load_pairs(options.task, options.split, options.images, options.data_root)
+    pairs = pairs_named(options)
     looks = dict(images=options.images, captions=options.captions)
     machine = dict(batch=options.batch, memory=options.memory)
     run = beside(options.out, '-run')
@@ -66,7 +68,7 @@ def repair(options: argparse.Namespace) -> str:
         made.save(options.out)
     return f'model:   {options.out}'
 
-# %% ../../nbs/08ba_repair_and_search.ipynb #da839c02
+# %% ../../nbs/08ba_repair_and_search.ipynb #b0a7ffc9
 def search_arguments(parser: argparse.ArgumentParser):
     model_arguments(parser, 'the model that was scored')
     data_arguments(parser, 'validation', 250)
@@ -99,18 +101,18 @@ def search_arguments(parser: argparse.ArgumentParser):
 def search(options: argparse.Namespace) -> str:
     "The specification that a search finds, and the model"
     from mope_clip.clip import prune, save_spec
-    from mope_clip.data import load_pairs
     from mope_clip.pruners import repair as mended
     from mope_clip.pruners import search as spread
     from mope_clip.pruners.search import the_budget
 
     kind, budget = the_budget(macs=options.macs, params=options.params, latency=options.latency)
     check_out(options.out, model=options.model)
+    for split in (options.split, options.calibration_split):
+        look_at_data(options, split)
     scores, clip = read_scores(options.scores), load_named(options)
-    root = options.data_root
-    judging = load_pairs(options.task, options.split, options.images, root)
+    judging = pairs_named(options)
     few = options.calibration_images
-    calibration = load_pairs(options.task, options.calibration_split, few, root)
+    calibration = pairs_named(options, options.calibration_split, few)
     walk = dict(seed=options.seed, evaluations=options.evaluations, minutes=options.minutes)
     kept = dict(embeddings=not options.no_embeddings, servable=options.servable)
     how = dict(judged=options.images, **kept, **walk)

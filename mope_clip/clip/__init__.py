@@ -7,6 +7,9 @@ __all__ = ['TOWERS', 'Clip', 'PruneSpec', 'both', 'build_clip', 'compare', 'comp
            'prune', 'read_spec', 'relative', 'save_open_clip', 'save_spec', 'shape_of', 'small_config', 'spec_hash',
            'tiny_clip', 'weights_hash', 'whole_spec', 'word_tokenizer']
 
+# %% ../../nbs/02n_clip.ipynb #86effc98
+from ..data.progress import leave_out_remarks  # of the libraries that are read next
+
 # %% ../../nbs/02n_clip.ipynb #c38c7b1c
 from .compared import compare, draw_spec
 from .folders import save_open_clip

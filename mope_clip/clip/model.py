@@ -28,7 +28,7 @@ from .whole import at_hand, hf_text
 from ..data.files import refuse
 from ..data.pictures import upright
 
-# %% ../../nbs/02g_model.ipynb #c4974f97
+# %% ../../nbs/02g_model.ipynb #2de64c3f
 def layers_of(
     tower: Tower,
 ) -> list:  # [heads, neurons] of each layer, and [heads, neurons, 'pooler'] of a pooler
@@ -118,15 +118,50 @@ class Clip:
         "What the vision tower computes in"
         return next(self.vision.parameters()).dtype
 
-    def encode_image(self, images: torch.Tensor, normalize: bool = False) -> torch.Tensor:
-        "Image features (b, e) of preprocessed images (b, 3, s, s), whatever type they come in"
+    def encode_image(self, images: torch.Tensor | list, normalize: bool = False) -> torch.Tensor:
+        """Image features (b, e) of preprocessed images (b, 3, s, s), whatever type they come in, or
+        of PIL images; `TypeError` for anything else"""
+        if not isinstance(images, torch.Tensor):
+            images = self.pixels_of(images)
         x = self.vision(images.to(self.dtype))
         return F.normalize(x, dim=-1) if normalize else x
 
-    def encode_text(self, ids: torch.Tensor, normalize: bool = False) -> torch.Tensor:
-        "Text features (b, e) of token ids (b, n)"
+    def encode_text(self, ids: torch.Tensor | list, normalize: bool = False) -> torch.Tensor:
+        "Text features (b, e) of token ids (b, n), or of texts; `TypeError` for anything else"
+        if not isinstance(ids, torch.Tensor):
+            ids = self.ids_of(ids)
         x = self.text(self.text.trim(ids))
         return F.normalize(x, dim=-1) if normalize else x
+
+    def pixels_of(
+        self,
+        images: list,  # of PIL images; or one
+    ) -> torch.Tensor:  # (b, 3, s, s) on the device
+        "Pictures as the vision tower takes them; `TypeError` for what is none"
+        images = [images] if isinstance(images, Image.Image) else list(images)
+        odd = [x for x in images if not isinstance(x, Image.Image)]
+        refuse(
+            odd or not images,
+            'encode_image takes PIL images, or a tensor (b, 3, s, s) of images that '
+            f'clip.preprocess made, not {type(odd[0]).__name__ if odd else "nothing"}.',
+            TypeError,
+        )
+        return torch.stack([self.preprocess(image) for image in images]).to(self.device)
+
+    def ids_of(
+        self,
+        texts: list,  # of str; or one
+    ) -> torch.Tensor:  # (b, n) on the device
+        "Texts as the text tower takes them; `TypeError` for what is none"
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        odd = [x for x in texts if not isinstance(x, str)]
+        refuse(
+            odd or not texts,
+            'encode_text takes texts, or a tensor (b, n) of token ids that clip.tokenizer made, '
+            f'not {type(odd[0]).__name__ if odd else "nothing"}.',
+            TypeError,
+        )
+        return self.tokenizer(texts).to(self.device)
 
     def contrastive_loss(self, rank: int = 0, world_size: int = 1) -> nn.Module:
         """open_clip's loss that the model was trained with: sigmoid where it has a bias, else

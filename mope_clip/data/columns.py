@@ -12,7 +12,7 @@ from collections.abc import Callable
 from .files import refuse
 from .pictures import open_picture
 
-# %% ../../nbs/01h_columns.ipynb #34cdbed3
+# %% ../../nbs/01h_columns.ipynb #1c1be261
 def _field(value: object, name: str) -> object:
     "A field of a record, or that field of every record of a list"
     if isinstance(value, list):
@@ -27,7 +27,8 @@ def pick(
     "The value of a column; `KeyError` where there is none"
     if callable(column):
         return column(row)
-    for name in column.split(';'):
+    names = column.split(';')
+    for name in names:
         head, *fields = [name] if name in row else name.split('.')
         value = row.get(head)
         if value is None:
@@ -37,13 +38,21 @@ def pick(
         for field in fields:
             value = _field(value, field)
         return value
+    dotted = [name for name in row if name.rpartition('.')[0] and name.endswith(tuple(names))]
+    if dotted and '__key__' in row:
+        raise KeyError(
+            f'no {column}, but {dotted[0]}: the name of a sample ends at its first dot, so rename '
+            'the files in the shard'
+        )
     raise KeyError(f'no {column}')
 
-# %% ../../nbs/01h_columns.ipynb #e2912c3f
+# %% ../../nbs/01h_columns.ipynb #c5c68364
 def sentences(
     value: object,  # one caption or several, text or bytes
 ) -> list:  # of str
     "Captions as a list, without blanks around them and without empty ones"
+    if isinstance(value, bytes):  # a file, which may hold a caption a line
+        value = value.decode('utf-8-sig').splitlines()
     several = value if isinstance(value, (list, tuple)) else [value]
     texts = [text.decode('utf-8-sig') if isinstance(text, bytes) else text for text in several]
     odd = [text for text in texts if not isinstance(text, str)]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FAULTS', 'FULL', 'SAID_OF_FULL', 'FILES_OF_MODELS', 'FOLDERS_OF_MODELS', 'CONFIGURATIONS', 'OURS', 'refuse',
-           'first_line', 'in_one_sentence', 'read_json', 'data_dir', 'cache_dir', 'is_of_full_disk', 'room_on_disk',
-           'allocate', 'write_atomic', 'is_ours', 'refuse_foreign', 'fill_folder', 'write_folder', 'digest', 'png',
-           'as_dataset', 'as_pairs']
+           'first_line', 'in_one_sentence', 'read_json', 'data_dir', 'is_read_only', 'cache_dir', 'is_of_full_disk',
+           'room_on_disk', 'allocate', 'write_atomic', 'is_ours', 'refuse_foreign', 'fill_folder', 'write_folder',
+           'digest', 'png', 'as_dataset', 'as_pairs']
 
 # %% ../../nbs/01b_files.ipynb #779f37d0
 import ctypes
@@ -83,7 +83,7 @@ def read_json(file: Path) -> dict:
         )
     return content
 
-# %% ../../nbs/01b_files.ipynb #5dcfaebd
+# %% ../../nbs/01b_files.ipynb #41984552
 def _likely_roots() -> Iterator[Path]:
     "Folders that may be the repository: around this file, then around the working directory"
     if '__file__' in globals():  # not in a notebook
@@ -93,25 +93,47 @@ def _likely_roots() -> Iterator[Path]:
         yield from (folder, folder.parent)
 
 
+def _is_ours(root: Path) -> bool:
+    "Whether a folder is a clone of this repository, and not another one with settings and data"
+    settings = root / 'settings.ini'
+    if not (settings.is_file() and (root / 'data').is_dir()):
+        return False
+    return bool(re.search(rb'(?m)^lib_name\s*=\s*mope_clip\s*$', settings.read_bytes()))
+
+
 def data_dir() -> Path:  # the folder that holds the embedded teachers
     "`$MOPE_CLIP_DATA`, else `data/` of the repository around the package or the working directory"
     if named := os.environ.get('MOPE_CLIP_DATA'):
         return Path(named).expanduser()
     for root in _likely_roots():
-        if (root / 'settings.ini').is_file() and (root / 'data').is_dir():
+        if _is_ours(root):
             return root / 'data'
     return Path.home() / '.cache' / 'mope_clip' / 'data'
 
-# %% ../../nbs/01b_files.ipynb #9e946a4a
+# %% ../../nbs/01b_files.ipynb #e1c0765b
+def is_read_only(error: BaseException) -> bool:
+    "Whether an exception says that a place cannot be written"
+    return isinstance(error, PermissionError) or getattr(error, 'errno', None) == errno.EROFS
+
+
 def cache_dir() -> Path:  # exists after the call
-    "`$MOPE_CLIP_CACHE`, else `data/cache` of the repository, else a folder of the user's own cache"
+    """`$MOPE_CLIP_CACHE`, else `data/cache` of the repository, else a folder of the user's own
+    cache; `OSError` where it cannot be written"""
     if named := os.environ.get('MOPE_CLIP_CACHE'):
         root = Path(named).expanduser()
     elif data_dir().is_dir():
         root = data_dir() / 'cache'
     else:
         root = Path.home() / '.cache' / 'mope_clip'
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as e:
+        raise OSError(
+            f'The cache {root} cannot be written ({e.strerror}): set MOPE_CLIP_CACHE to a folder '
+            'that can.'
+        ) from None
     return root
 
 # %% ../../nbs/01b_files.ipynb #6fe9758d

@@ -50,7 +50,7 @@ def _class_names(folders: list, base: Path) -> list:
     )
     return list(IMAGENET_CLASSNAMES)
 
-# %% ../../nbs/01k_folders.ipynb #45e899ef
+# %% ../../nbs/01k_folders.ipynb #4301d708
 EXTENSIONS = '.jpg', '.jpeg', '.png', '.webp', '.bmp'
 
 
@@ -62,7 +62,9 @@ def _files_of_classes(folder: Path) -> dict:  # class folder -> its files, both 
             inside = sorted(file for file in path.iterdir() if is_data(file))
             files[path.name] = [file for file in inside if file.suffix.lower() in EXTENSIONS]
     put = 'put the images into <root>/<split>/<class>/.'
-    refuse(not files, f'{folder} holds no class folders: {put}', FileNotFoundError)
+    flat = sum(path.suffix.lower() in EXTENSIONS for path in folder.iterdir() if is_data(path))
+    said = f'{flat:,} pictures and no class folders' if flat else 'no class folders'
+    refuse(not files, f'{folder} holds {said}: {put}', FileNotFoundError)
     names = [*files, *(file.name for found in files.values() for file in found)]
     # bytes that are no UTF-8 stand as halves of letters in what Python reads
     odd = [name for name in names if any('\ud800' <= letter <= '\udfff' for letter in name)]

@@ -5,8 +5,11 @@
 # %% auto #0
 __all__ = ['is_hf', 'open_hf', 'load_hf']
 
-# %% ../../nbs/01j_hub.ipynb #af6d5038
+# %% ../../nbs/01j_hub.ipynb #8f25d769
+import glob
+import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +21,7 @@ from .pictures import is_data
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# %% ../../nbs/01j_hub.ipynb #1b28778b
+# %% ../../nbs/01j_hub.ipynb #49c81fab
 def is_hf(
     root: str | Path | None,  # a place
 ) -> bool:
@@ -29,12 +32,26 @@ def is_hf(
         return not str(root).endswith('.tar')
     patterns = '*.parquet', '*/*.parquet', 'dataset_dict.json', 'state.json'
     folder = Path(root).expanduser()
+    if any(folder.glob('*.tar')) and not any((folder / name).is_file() for name in patterns[2:]):
+        return False  # shards: img2dataset writes a Parquet file beside each
     found = (path for pattern in patterns for path in folder.glob(pattern))
     return any(is_data(path) and is_data(path.parent) for path in found)
 
 
+def _files_by_split(place: Path) -> dict:  # split -> files
+    "The Parquet files of a place whose name `datasets` would take for a pattern"
+    words = [word for words in SPLIT_NAMES.values() for word in words]
+    files = [place] if place.is_file() else sorted(place.rglob('*.parquet'))
+    by_split = {}
+    for file in filter(is_data, files):
+        said = re.findall('[a-z]+', file.stem.lower())
+        split = next((word for word in words if word in said), 'train')
+        by_split.setdefault(split, []).append(glob.escape(str(file)))
+    return by_split
+
+
 def open_hf(
-    root: str | Path,  # 'hf://owner/name', with '@revision' behind it where wanted; or a folder
+    root: str | Path,  # 'hf://owner/name', '@revision' behind it where wanted; a folder, or Parquet
     streaming: bool = False,  # nothing is copied to disk
 ) -> dict:  # split -> data set
     "A Hugging Face data set; `FileNotFoundError` says in one sentence why it cannot be opened"
@@ -43,7 +60,7 @@ def open_hf(
     name, _, revision = str(root).removeprefix('hf://').partition('@')
     folder = None if str(root).startswith('hf://') else Path(root).expanduser()
     refuse(
-        folder and not folder.is_dir(),
+        folder and not folder.exists(),
         f"The data set's folder {folder} does not exist: `root` is such a folder, "
         "or 'hf://owner/name' on the hub.",
         FileNotFoundError,
@@ -54,6 +71,9 @@ def open_hf(
             (folder / file).is_file() for file in ('dataset_dict.json', 'state.json')
         ):
             found = load_from_disk(str(folder))
+        elif folder and (folder.is_file() or glob.has_magic(str(folder))):
+            files = _files_by_split(folder)
+            found = load_dataset('parquet', data_files=files, streaming=streaming)
         else:
             found = load_dataset(str(folder or name), streaming=streaming, **version)
     except Exception as error:  # `datasets` has errors of its own, and a damaged file raises any
@@ -64,7 +84,7 @@ def open_hf(
         ) from error
     return dict(found) if isinstance(found, dict) else {str(found.split or 'train'): found}
 
-# %% ../../nbs/01j_hub.ipynb #0d186273
+# %% ../../nbs/01j_hub.ipynb #4d725f5a
 def _has_column(data: 'Dataset', column: object) -> bool:
     "Whether a column of a mapping can be there; what a function finds shows later"
     if not isinstance(column, str):
@@ -81,7 +101,7 @@ def _image_column(root: str | Path, columns: dict | None, data: 'Dataset') -> st
     }
     there = ', '.join(f'{name}: {kind}' for name, kind in kinds.items())
     refuse(
-        not columns or not {'image', 'captions', 'image_id'} <= set(columns),
+        not columns or not {'image', 'captions'} <= set(columns),
         f'{root} is a Hugging Face data set with the columns {there}. Say which is which: '
         'columns=dict(image=..., captions=..., image_id=...), and split=... where a column names '
         'the split.',
@@ -96,18 +116,20 @@ def _image_column(root: str | Path, columns: dict | None, data: 'Dataset') -> st
     )
     return image
 
-# %% ../../nbs/01j_hub.ipynb #b0924c0e
-def _rows_of_split(parts: dict, split: str, named: str | None) -> 'Dataset':
+# %% ../../nbs/01j_hub.ipynb #dc6859b6
+def _rows_of_split(parts: dict, split: str, all_parts: bool) -> 'Dataset':
     "All rows in which a split may be; where a column names the split, those of all parts"
     from datasets import concatenate_datasets
 
-    wanted = [data for name, data in parts.items() if named or name in SPLIT_NAMES[split]]
+    wanted = [data for name, data in parts.items() if all_parts or name in SPLIT_NAMES[split]]
     nothing = next(iter(parts.values())).select([])
     return concatenate_datasets(wanted or [nothing])
 
 
 def _value(root: str | Path, k: int, row: dict, column: object) -> object:
     "The value of a column in a row; `ValueError` says which row has none"
+    if column is None:
+        return k
     try:
         return pick(row, column)
     except Exception as error:  # whatever a mapping raises where a field is not there
@@ -130,7 +152,7 @@ def _texts(root: str | Path, rows: list, columns: dict) -> 'Dataset':
 
     texts = dict(
         captions=[_captions(root, k, row, columns['captions']) for k, row in enumerate(rows)],
-        image_id=[str(_value(root, k, row, columns['image_id'])) for k, row in enumerate(rows)],
+        image_id=[str(_value(root, k, row, columns.get('image_id'))) for k, row in enumerate(rows)],
     )
     kinds = Features(captions=List(Value('string')), image_id=Value('string'))
     return Dataset.from_dict(texts, features=kinds)
@@ -145,7 +167,7 @@ def _refuse_one_row_a_caption(root: str | Path, image_ids: list):
         'a row must be an image with all of its captions.',
     )
 
-# %% ../../nbs/01j_hub.ipynb #3beefc88
+# %% ../../nbs/01j_hub.ipynb #00bc92e0
 def load_hf(
     task: str,  # as messages call it; 'coco' and 'flickr30k' are held against Karpathy's sizes
     split: str,  # 'train', 'validation' or 'test'
@@ -154,6 +176,7 @@ def load_hf(
     columns: dict | None,  # image, captions, image_id, and split where a column names it: by `pick`
     skip_unreadable: bool = False,  # leave out pictures that cannot be decoded, do not refuse
     check: bool = True,  # decode every picture once
+    assign: Callable | None = None,  # of what splits are called and of ids: the split of each image
 ) -> 'Dataset':  # with columns image, captions, image_id
     "A split of a Hugging Face data set with one row an image; `FileNotFoundError`, `ValueError`"
     from datasets import NamedSplit, concatenate_datasets
@@ -164,22 +187,26 @@ def load_hf(
         'captions=..., image_id=...), and split=... where a column names the split.',
     )
     parts, named = open_hf(root), (columns or {}).get('split')
-    data = _rows_of_split(parts, split, named)
+    data = _rows_of_split(parts, split, named or assign)
     image = _image_column(root, columns, data)
     rows = list(data.remove_columns(image))
+    texts = _texts(root, rows, columns)
+    image_ids = list(texts['image_id'])
     if named:
-        splits = [_value(root, k, row, named) for k, row in enumerate(rows)]
-        keep = [i for i, name in enumerate(splits) if str(name) in SPLIT_NAMES[split]][:n]
-        there = Counter(map(str, splits))
+        splits = [str(_value(root, k, row, named)) for k, row in enumerate(rows)]
+    elif assign:
+        splits = [name for name, part in parts.items() for _ in range(len(part))]
     else:
-        keep, there = list(range(len(rows)))[:n], {name: len(part) for name, part in parts.items()}
+        splits = [split] * len(rows)
+    there = Counter(splits) if named else {name: len(part) for name, part in parts.items()}
+    if assign:
+        splits = assign(splits, image_ids)
+    keep = [i for i, name in enumerate(splits) if name in SPLIT_NAMES[split]][:n]
     refuse(
         not keep,
         f'{root} holds no image of the {split} split: it has {", ".join(map(str, there))}; '
         f'{" and ".join(SPLIT_NAMES[split])} would do.',
     )
-    texts = _texts(root, rows, columns)
-    image_ids = list(texts['image_id'])
     _refuse_one_row_a_caption(root, [image_ids[i] for i in keep])
     pictures = data.select_columns(image)
     if image != 'image':

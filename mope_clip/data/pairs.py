@@ -6,7 +6,7 @@
 __all__ = ['CORPORA', 'FIRST_LABELLED', 'load_pairs', 'corpus_source', 'stream_pairs', 'load_labelled', 'prompts_of',
            'synth_pairs']
 
-# %% ../../nbs/01n_pairs.ipynb #65e67343
+# %% ../../nbs/01n_pairs.ipynb #667f76f5
 import json
 import random
 from pathlib import Path
@@ -20,6 +20,7 @@ from .facts import draw_scene
 from .files import as_dataset, as_pairs, data_dir, digest, png, read_json, refuse
 from .folders import load_folder
 from .hub import is_hf, load_hf, open_hf
+from .own import kind_of, load_own, name_of, shards_of_split
 from mope_clip.data.scenes import (
     DEFAULT_IMAGES,
     SPLITS,
@@ -31,18 +32,19 @@ from mope_clip.data.scenes import (
     suites,
 )
 from .sources import Indexed, Shards, hf_source, scene_source, shards_of
+from .splits import in_split, lacking_of, only
 from .streams import Stream
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# %% ../../nbs/01n_pairs.ipynb #4d0412e8
+# %% ../../nbs/01n_pairs.ipynb #a1c0c007
 def _is_place(task: str, split: str, names: tuple) -> bool:
     "Whether a task is a folder, a pattern or a URL and no name; `ValueError` if neither"
     refuse(split not in SPLITS, f'Unknown split {split!r}: it is one of {", ".join(SPLITS)}.')
     if task in names:
         return False
-    is_place = '/' in task or Path(task).is_dir()
+    is_place = '/' in task or Path(task).expanduser().exists()
     refuse(not is_place, f'Unknown task {task!r}: choose one of {", ".join(names)}.')
     return True
 
@@ -66,7 +68,7 @@ def _mapping(columns: dict | str | None) -> dict | None:
 
 
 def load_pairs(
-    task: str,  # one of `TASKS` or `KARPATHY`; or a data set of Hugging Face's, as in `open_hf`
+    task: str,  # one of `TASKS` or `KARPATHY`; or the place of a set of your own, as in `kind_of`
     split: str,  # 'train', 'validation' or 'test'
     n: int | None = None,  # images; None: `DEFAULT_IMAGES` scenes, all of a data set on disk
     root: str
@@ -74,7 +76,7 @@ def load_pairs(
     | None = None,  # where COCO or Flickr30K is, or a copy on the hub; None: `data/<task>`
     columns: dict
     | str
-    | None = None,  # of a set of Hugging Face's, as in `load_hf`; a dict or JSON
+    | None = None,  # image, captions, image_id, split: as in `pick`; a dict or JSON
     skip_unreadable: bool = False,  # leave out pictures that cannot be decoded, do not refuse
     check: bool = True,  # decode every picture of a data set on disk once
 ) -> 'Dataset':  # with columns image, captions, image_id; `about` says what is known of it
@@ -83,12 +85,15 @@ def load_pairs(
     refuse(n is not None and n < 1, f'n is the number of images, at least 1, not {n}.')
     if task in TASKS:
         return load_scenes(task, split, n or DEFAULT_IMAGES[split])
-    if is_place or columns or is_hf(root):
-        root = root or (task if is_place else data_dir() / task)
+    if is_place:
+        return load_own(root or task, split, n, columns, skip_unreadable, check)
+    has_its_file = root and (Path(root).expanduser() / KARPATHY[task].file).is_file()
+    if columns or (is_hf(root) and not has_its_file):
+        root = root or data_dir() / task
         return load_hf(task, split, n, root, columns, skip_unreadable, check)
     return load_karpathy(task, split, n, root, skip_unreadable, check)
 
-# %% ../../nbs/01n_pairs.ipynb #7604baf4
+# %% ../../nbs/01n_pairs.ipynb #f192028f
 # corpora that are looked for in `data/<name>`, and how one gets them
 CORPORA: dict[str, str] = dict(
     cc3m='fetch Train_GCC-training.tsv '
@@ -110,7 +115,9 @@ def _shards(task: str, place: str | Path) -> list:
         raise FileNotFoundError(f'{error}{how}') from None
 
 
-def _streamed_set(place: str | Path, split: str, columns: dict | None, block: int) -> Shards:
+def _streamed_set(
+    place: str | Path, split: str, columns: dict | None, block: int, apart: bool
+) -> Shards:
     "A data set that `datasets` streams, as a source; `ValueError` where the mapping cannot be"
     columns = columns or {}
     refuse(
@@ -128,34 +135,43 @@ def _streamed_set(place: str | Path, split: str, columns: dict | None, block: in
     refuse(found is None, f'{place} has no {split} split: it has {", ".join(parts)}.')
     if hasattr(found, '__len__'):  # read from disk as a whole
         found = found.to_iterable_dataset(num_shards=min(64, len(found)))
-    return hf_source(found, columns, block)
+    source = hf_source(found, columns, block)
+    lacking = lacking_of(set(parts)) if apart and split == 'train' else ()
+    if lacking:
+        source.read = only(source.read, in_split(lacking, split, columns['image_id']))
+    return source
 
-# %% ../../nbs/01n_pairs.ipynb #1f008aac
+# %% ../../nbs/01n_pairs.ipynb #d784eeed
 def corpus_source(
     task: str,  # as messages call it
     split: str,  # one of `SPLITS`
     place: str | Path,  # a folder, a pattern or a URL
     columns: dict | None,  # image, captions, image_id: as in `pick`; None: img2dataset's layout
     block: int,  # rows that are shuffled together
+    apart: bool = False,  # leave out what `load_pairs` gives for splits that a set lacks
 ) -> Shards:
     "The source of a corpus: shards, or what `datasets` streams; `FileNotFoundError`, `ValueError`"
-    folder = Path(str(place)).expanduser()
+    whole, folder = place, Path(str(place)).expanduser()
     if folder.is_dir():
         place = folder
         if not is_hf(folder):
             of_split = [folder / name for name in SPLIT_NAMES[split] if (folder / name).is_dir()]
             place = folder = next(iter(of_split), folder)
     if is_hf(place):
-        return _streamed_set(place, split, columns, block)
+        return _streamed_set(place, split, columns, block, apart)
     refuse(
         split != 'train' and folder.name not in SPLIT_NAMES[split] and folder.is_dir(),
         f'{place} has no folder for the {split} split: shards without one are for training.',
         FileNotFoundError,
     )
     mapping = {**IMG2DATASET, **(columns or {})}
-    return Shards(_shards(task, place), columns=mapping, block=block)
+    source = Shards(_shards(task, place), columns=mapping, block=block)
+    lacking = shards_of_split(whole, split).lacking if apart else ()
+    if lacking:
+        source.read = only(source.read, in_split(lacking, split, mapping['image_id']))
+    return source
 
-# %% ../../nbs/01n_pairs.ipynb #98ac7c96
+# %% ../../nbs/01n_pairs.ipynb #c9901ac6
 def _written(shards: list) -> str:
     "How many pairs img2dataset says it wrote, where every shard has its _stats.json"
     paths = [Path(str(shard).removesuffix('.tar') + '_stats.json') for shard in shards]
@@ -167,9 +183,18 @@ def _written(shards: list) -> str:
     return f', {sum(wrote):,} pairs by their _stats.json'
 
 
+def _in_memory(place: str | Path, columns: dict | None, apart: bool) -> bool:
+    "Whether the names and captions of a set are kept in memory, and its pictures read by index"
+    kind = kind_of(place, columns)
+    if kind == 'shards' or (kind == 'hf' and not apart):
+        return False
+    streams = kind == 'hf' and {'image', 'captions', 'image_id'} <= set(columns or {})
+    return not streams or 'split' in columns
+
+
 def stream_pairs(
     task: str,  # as in `load_pairs`; or one of `CORPORA`, or where shards are, as in `shards_of`
-    split: str = 'train',  # of shards: the folder, where there is one
+    split: str | None = None,  # None: 'train', and of a set without splits all
     root: str | Path | None = None,  # as in `load_pairs`
     start: int = 0,  # first scene of an embedded task; means nothing for what is shuffled
     columns: dict | str | None = None,  # image, captions, image_id: as in `pick`; a dict or JSON
@@ -178,22 +203,23 @@ def stream_pairs(
     **settings: object,  # of `StreamSettings`: seed, lanes, workers, epochs, max_broken, ...
 ) -> Stream:  # pairs one by one, for ever; with `state_dict` and `load_state_dict`
     "Pairs one by one, for training: shuffled, shared by processes, resumable; nothing kept on disk"
+    apart, split = split is not None, split or 'train'
     is_place = _is_place(task, split, (*TASKS, *KARPATHY, *CORPORA))
-    columns = _mapping(columns)
+    columns, name = _mapping(columns), f'{name_of(task)} {split}'
     if task in TASKS:
         return Stream(scene_source(task, split, start), task, **settings)
-    if task in KARPATHY:
-        data = load_pairs(task, split, None, root, columns, check=check)
-        return Stream(Indexed(data.__getitem__, len(data)), f'{task} {split}', **settings)
     place = root or (task if is_place else data_dir() / task)
-    source = corpus_source(task, split, place, columns, block)
-    stream = Stream(source, f'{task} {split}', **settings)
+    if task in KARPATHY or (is_place and _in_memory(place, columns, apart)):
+        data = load_pairs(task, split, None, root, columns, check=check)
+        return Stream(Indexed(data.__getitem__, len(data)), name, **settings)
+    source = corpus_source(task, split, place, columns, block, is_place and apart)
+    stream = Stream(source, name, **settings)
     if stream.rank == 0:
         written = _written(source.shards)
         print(f'{stream.name}: {len(source):,} shards{written}, {stream.lanes} lanes')
     return stream
 
-# %% ../../nbs/01n_pairs.ipynb #8b9af9c4
+# %% ../../nbs/01n_pairs.ipynb #6c2e391a
 FIRST_LABELLED = 10**9  # index of the first labelled scene
 
 
@@ -206,9 +232,11 @@ def load_labelled(
     check: bool = True,  # decode every picture of a folder once
 ) -> 'Dataset':  # with columns image, label (a `ClassLabel`); prompts by `prompts_of`
     "Labelled images for zero-shot classification, the classes in turn; `ValueError` by name"
-    if suite == 'imagenet' or '/' in suite:
-        return load_folder(suite, split, n, root, skip_unreadable, check)
     embedded = suites()
+    if suite == 'imagenet':
+        return load_folder(suite, split, n, root, skip_unreadable, check)
+    if '/' in suite or (suite not in embedded and Path(suite).is_dir()):
+        return load_folder(suite, split, n, None, skip_unreadable, check)
     refuse(
         suite not in embedded,
         f'Unknown suite {suite!r}: choose one of {", ".join((*embedded, "imagenet"))}, '

@@ -28,7 +28,7 @@ from .scenes import scene
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-# %% ../../nbs/01l_sources.ipynb #0c50a31b
+# %% ../../nbs/01l_sources.ipynb #a2cfdf0d
 def _check_protocol(url: str):
     "Refuse a URL whose protocol lacks its package, by the error that fsspec raises"
     import fsspec
@@ -61,8 +61,12 @@ def _in_range(pattern: str, braces: re.Match) -> list:
 def _on_disk(pattern: str) -> list:
     "The shards of a folder, or the files that a glob finds, sorted"
     path = Path(pattern).expanduser()
+    if path.is_file():  # whatever signs are in its name
+        return [str(path)]
     if path.is_dir():
         found = path.glob('*.tar')
+    elif path.parent.is_dir():  # signs in the name of its folder mean nothing
+        found = path.parent.glob(path.name)
     else:
         found = Path(path.anchor or '.').glob(str(path.relative_to(path.anchor)))
     return sorted(str(shard) for shard in found if is_data(shard))

@@ -7,7 +7,7 @@ __all__ = ['SIMILARITIES_AT_ONCE', 'RECALLS', 'check_batch', 'images_of', 'encod
            'ranks_of_captions', 'check_finite', 'ranks', 'recalls', 'owners', 'encode_images', 'encode_captions',
            'retrieval']
 
-# %% ../../nbs/03a_recall.ipynb #47e03c87
+# %% ../../nbs/03a_recall.ipynb #89d50fdb
 from collections.abc import Iterator
 
 import torch
@@ -17,8 +17,9 @@ from ..clip import Clip
 from ..clip.tokenizers import check_ids
 from ..data.columns import as_captions, captions_of
 from ..data.files import refuse
+from ..data.progress import progress
 
-# %% ../../nbs/03a_recall.ipynb #0445c4a0
+# %% ../../nbs/03a_recall.ipynb #c1ead1f8
 def check_batch(batch: int):
     "`ValueError` unless a batch is a whole number of items"
     whole = isinstance(batch, int) and not isinstance(batch, bool) and batch >= 1
@@ -31,7 +32,7 @@ def images_of(
 ) -> torch.Tensor:  # (n, 3, s, s)
     "Preprocessed images in one tensor; `ValueError` where there are none"
     out = None
-    for i, image in enumerate(images):
+    for i, image in enumerate(progress(images, what='pictures', patience=5)):
         pixels = clip.preprocess(image)
         if out is None:  # one place for all: a list beside it would hold every image twice
             out = torch.empty(len(images), *pixels.shape, dtype=clip.logit_scale.dtype)
@@ -40,7 +41,7 @@ def images_of(
         raise ValueError('There are no images.')
     return out
 
-# %% ../../nbs/03a_recall.ipynb #db063592
+# %% ../../nbs/03a_recall.ipynb #3a4fca31
 @torch.inference_mode()
 def encode(
     clip: Clip,
@@ -58,7 +59,8 @@ def encode(
     if tower == 'text':
         order = clip.text.lengths(x).argsort(stable=True)
     features = []
-    for items in order.split(batch):
+    parts = order.split(batch)
+    for items in progress(parts, what=f'batches of {tower}', patience=5):
         part = embed(x[items].to(clip.device))
         part = part if part.dtype == torch.float64 else part.float()
         features.append(F.normalize(part, dim=-1).cpu())

@@ -6,9 +6,10 @@
 __all__ = ['WORDS', 'repair_projection', 'repair_map', 'maps_of', 'repair_tower', 'repair_cost', 'check_pairs', 'check_repair',
            'is_untouched', 'repair', 'repair_towers', 'worst_of', 'draw_repair']
 
-# %% ../../nbs/05e_repair.ipynb #09391847
+# %% ../../nbs/05e_repair.ipynb #da18f9d8
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def repair_cost(student: Clip, teacher: Clip, items: dict, how: Calibration) -> 
         streams += 2 * len(x) * stream[0].numel() * stream.dtype.itemsize
     return dict(seconds=seconds, stream_bytes=streams)
 
-# %% ../../nbs/05e_repair.ipynb #6d09e31f
+# %% ../../nbs/05e_repair.ipynb #4fc3eacd
 def check_pairs(
     pairs,
     what: str,  # is done with them: 'repair' or 'search'
@@ -145,7 +146,7 @@ def check_repair(student: Clip, teacher: Clip, pairs, how: Calibration):
     refuse(
         student.dtype != teacher.dtype,
         f'The student computes in {student.dtype}, the teacher in {teacher.dtype}: bring both to '
-        'one type.',
+        "one type, for example by clip.save(folder, precision='fp32').",
     )
     refuse(
         student.spec.vocabulary != teacher.spec.vocabulary,
@@ -166,7 +167,7 @@ def is_untouched(student: Clip, teacher: Clip, tower: str) -> bool:
         for name, p in mine.items()
     )
 
-# %% ../../nbs/05e_repair.ipynb #ee396dbc
+# %% ../../nbs/05e_repair.ipynb #5ca44872
 def repair(
     student: Clip,  # pruned from the teacher; stays as it is
     teacher: Clip,  # the unpruned model; stays as it is
@@ -222,19 +223,18 @@ def repair_towers(
     log(f'Repair looks at {counts}: about {cost["seconds"]:.0f} s on this machine.')
     solved = SolvedMaps.of(folder, repaired, teacher, items, how, world)
     maps = sum(len(maps_of(repaired.tower(tower), how)) for tower in items)
-    progress = Progress(maps, 'repair')
-    for tower, x in items.items():
-        nets, places = (
-            (repaired.tower(tower), teacher.tower(tower)),
-            places_in(repaired, teacher, tower),
-        )
-        run = TowerRepair(*nets, places, x, how, world)
-        found[tower] = repair_tower(run, solved, progress)
-        layers = [*getattr(repaired.spec, tower), None]
-        for record in found[tower]:
-            record['layer'] = layers[record['block']]
-        log(worst_of(found[tower], tower))
-    progress.close()
+    with closing(Progress(maps, 'repair')) as progress:
+        for tower, x in items.items():
+            nets, places = (
+                (repaired.tower(tower), teacher.tower(tower)),
+                places_in(repaired, teacher, tower),
+            )
+            run = TowerRepair(*nets, places, x, how, world)
+            found[tower] = repair_tower(run, solved, progress)
+            layers = [*getattr(repaired.spec, tower), None]
+            for record in found[tower]:
+                record['layer'] = layers[record['block']]
+            log(worst_of(found[tower], tower))
     return found
 
 

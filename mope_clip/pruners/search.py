@@ -12,6 +12,7 @@ import json
 import random
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -247,15 +248,15 @@ class SearchRun:
         "Steps until the candidates or the minutes are spent; Ctrl-C takes the best so far"
         began, first = time.time(), self.at.evaluations
         progress = Progress(self.how.evaluations - first, 'search')
-        try:
-            while self.at.evaluations < self.how.evaluations:
-                self.one_step()
-                progress.update(self.at.evaluations - first, f'Z {self.at.fitness:.2f}')
-                if self.how.minutes and time.time() - began > 60 * self.how.minutes:
-                    break
-        except KeyboardInterrupt:
-            self.log('Stopped: the best so far is taken.')
-        progress.close()
+        with closing(progress):
+            try:
+                while self.at.evaluations < self.how.evaluations:
+                    self.one_step()
+                    progress.update(self.at.evaluations - first, f'Z {self.at.fitness:.2f}')
+                    if self.how.minutes and time.time() - began > 60 * self.how.minutes:
+                        break
+            except KeyboardInterrupt:
+                self.log('Stopped: the best so far is taken.')
         self.log(f'Z {self.at.fitness:.2f} after {self.at.evaluations} candidates.')
 
     def one_step(self):

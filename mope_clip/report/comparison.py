@@ -27,7 +27,7 @@ from ..metrics import HITS, SMOOTH
 from .code import Recorder, changed, library_now, recorder_on
 from .parameters import writable
 
-# %% ../../nbs/07g_comparison.ipynb #8d5eb5ff
+# %% ../../nbs/07g_comparison.ipynb #095dddaf
 RANKS = 'layer', 'global'  # who competes: in a layer, or across layers
 Z_NAMES = (*HITS, *SMOOTH)  # what MoPE can measure on pairs
 
@@ -49,6 +49,7 @@ class Comparison:
     batch: int = 64  # pairs a step
     lr: float = 5e-4  # peak learning rate
     root: str | None = None  # where the data set of the task is, as in `load_pairs`
+    columns: str | None = None  # which column of it is which, as in `load_pairs`
     repair: bool = False  # solve output weights anew before each recovery
     images_repaired: int = 1000  # train images that repair looks at
 
@@ -106,7 +107,7 @@ class Kept:
             recorder_on().kept.update(functions)
         return load(place)
 
-# %% ../../nbs/07g_comparison.ipynb #32975150
+# %% ../../nbs/07g_comparison.ipynb #b0e35137
 CORPORA = 'openmoji-corpus', 'openmoji-looks', 'openmoji-places'  # of the pre-training stage
 
 
@@ -121,7 +122,8 @@ class Material:
     @property
     def data(self) -> dict:
         "Where a data set is, for `load_pairs` and `stream_pairs`"
-        return dict(root=self.shared.root)
+        columns = dict(columns=self.shared.columns) if self.shared.columns else {}
+        return dict(root=self.shared.root, **columns)
 
     @cached_property
     def validation(self):

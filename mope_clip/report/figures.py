@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['theme', 'save_figure', 'latex', 'save_table', 'scored_parts', 'plot_heat', 'plot_scores', 'plot_scores_with_errors',
-           'plot_curve', 'plain_picture', 'beside', 'wrapped', 'plot_retrieved', 'size_table']
+           'plot_curve', 'plain_picture', 'beside', 'wrapped', 'some_queries', 'plot_retrieved', 'plot_answers',
+           'size_table']
 
-# %% ../../nbs/07f_figures.ipynb #5296151f
+# %% ../../nbs/07f_figures.ipynb #2f56bf1a
 import re
 from pathlib import Path
 
 import pandas as pd
 
 from ..clip import TOWERS, Clip
-from ..data.columns import as_captions
+from ..data.columns import as_captions, captions_of
 from ..data.files import write_atomic
 from ..evaluate import cost, encode, encode_images, latency
 from .code import untraced
@@ -159,7 +160,7 @@ def plot_curve(
     recall.set(xlabel='pairs seen', ylabel='mean recall, validation (%)')
     return fig
 
-# %% ../../nbs/07f_figures.ipynb #b6983598
+# %% ../../nbs/07f_figures.ipynb #42ee075a
 def plain_picture(ax, image=None, framed: bool = False):
     "A picture without axes, in a green frame or in none"
     if image is not None:
@@ -180,6 +181,16 @@ def beside(ax, text: str, at: float, letters: int, size: float):
 def wrapped(text: str, letters: int) -> list[str]:
     "A line in lines of at most so many letters"
     return re.findall(rf'.{{1,{letters}}}(?:\s|$)', text)
+
+
+def some_queries(
+    pairs,  # the gallery
+    n: int = 6,
+) -> list[tuple[int, int]]:  # (index of the image, index of its caption)
+    "Captions spread over a set, whatever the number of captions of each image"
+    told = captions_of(pairs)
+    chosen = [(k * 7 % len(told), k) for k in range(n)]
+    return [(image, k % len(told[image])) for image, k in chosen]
 
 
 def plot_retrieved(
@@ -206,6 +217,33 @@ def plot_retrieved(
                 plain_picture(ax, pairs[hit]['image'], framed=hit == right)
     for m, name in enumerate(models):
         axes[0][1 + m * k].set_title(name, loc='left', fontsize=9)
+    if credit(pairs):
+        fig.supxlabel(credit(pairs), fontsize=7)
+    return fig
+
+# %% ../../nbs/07f_figures.ipynb #75594b0c
+def plot_answers(
+    clip: Clip,
+    pairs,  # the gallery, with a column image
+    queries: list[str],
+    k: int = 6,  # pictures a query
+):  # a figure
+    "What a model finds for words: the first k pictures of each query, with their similarity"
+    import matplotlib.pyplot as plt
+
+    theme()
+    images = encode_images(clip, pairs['image'])
+    similar = images @ encode(clip, 'text', clip.tokenizer(list(queries))).T
+    size = (1.15 * (k + 2), 1.45 * len(queries))
+    fig, axes = plt.subplots(len(queries), k + 1, figsize=size, squeeze=False)
+    for row, query, scores in zip(axes, queries, similar.T, strict=True):
+        beside(row[0], query, at=1, letters=24, size=8)
+        hits = scores.topk(min(k, len(images)))
+        for ax in row[1:]:
+            plain_picture(ax)
+        for ax, hit, score in zip(row[1:], hits.indices, hits.values, strict=False):
+            plain_picture(ax, pairs[int(hit)]['image'])
+            ax.set_title(f'{score:.2f}', fontsize=8)
     if credit(pairs):
         fig.supxlabel(credit(pairs), fontsize=7)
     return fig

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECORD', 'template_of', 'executed_before', 'outdated', 'SetUp', 'Report']
 
-# %% ../../nbs/07i_frame.ipynb #5835e339
+# %% ../../nbs/07i_frame.ipynb #ccf96d3e
 import json
 import os
 import time
@@ -17,6 +17,7 @@ import pandas as pd
 
 from ..clip import Clip
 from ..data.files import write_atomic
+from ..data.own import name_of
 from ..distill import teacher_for
 from .bench import Bench
 from .code import Recorder, changed, recorder_on
@@ -63,7 +64,7 @@ def outdated(
     "The functions that made what lies in a folder and do something else now"
     return changed(executed_before(folder))
 
-# %% ../../nbs/07i_frame.ipynb #7cdbbd64
+# %% ../../nbs/07i_frame.ipynb #f14d7f34
 class SetUp:
     "The name, the checks, the folder and the recorder of a run"
 
@@ -77,7 +78,7 @@ class SetUp:
         self.template = Template(self.name)
         self.check_counts()
         folder = self.parameters.get('out_dir', '')
-        self.out = run_dir(self.name, self.task, folder, self.parameters)
+        self.out = run_dir(self.name, name_of(self.task), folder, self.parameters)
         self.results = Results(self.name, self.out, self.parameters)
         self.sets = {}
         theme()
@@ -131,6 +132,7 @@ class SetUp:
         given, known = self.parameters, {f.name for f in fields(Comparison)}
         settings = {name: value for name, value in given.items() if name in known}
         settings |= dict(task=task or self.task, root=given.get('data_root') or None)
+        settings |= dict(columns=given.get('data_columns') or None)
         shared = Comparison(**{**settings, **changes})
         if teacher is None and shared.stage == 'finetune':
             named = given.get('model', ''), given.get('pretrained', '')
@@ -144,7 +146,7 @@ class SetUp:
             return list(range(self.parameters['seeds']))
         return [self.parameters.get('seed', 0)]
 
-# %% ../../nbs/07i_frame.ipynb #3defba76
+# %% ../../nbs/07i_frame.ipynb #1a0cd7d7
 class Report(SetUp):
     "Everything that a template begins and ends with"
 
@@ -164,7 +166,8 @@ class Report(SetUp):
 
     def keep(self, rows: list[dict]):
         "Keep rows that were measured otherwise"
-        self.results.rows += rows
+        named = [{**row, 'task': name_of(row['task'])} if 'task' in row else row for row in rows]
+        self.results.rows += named
         self.keep_record()
 
     def table(self, by: str = 'stage') -> pd.DataFrame:
@@ -200,7 +203,7 @@ class Report(SetUp):
 
     def data(self, **sets):
         "Note which data sets decide the numbers; their fingerprints become part of the provenance"
-        self.sets |= sets
+        self.sets |= {name_of(name): pairs for name, pairs in sets.items()}
 
     def keep_record(self):
         "Write down what was executed so far, for an attempt after this one"
@@ -208,6 +211,10 @@ class Report(SetUp):
         text = json.dumps(functions)
         write_atomic(self.out / RECORD, lambda f: f.write(text.encode('utf-8')))
         return functions
+
+    def write(self) -> Path:
+        "Write what was found so far: a picture that cannot be drawn then costs no result"
+        return self.results.write(self.seeds, self.keep_record(), data_record(self.sets))
 
     def finish(
         self,
@@ -219,7 +226,7 @@ class Report(SetUp):
         self.recorder.stop()
         minutes = (time.time() - self.results.started) / 60
         self.cost.setdefault('minutes', round(minutes, 1))
-        path = self.results.write(self.seeds, self.keep_record(), data_record(self.sets))
+        path = self.write()
         display(Markdown(self.results.verdicts()))
         for claim in self.results.claims[:1]:
             print(claim['text'])
