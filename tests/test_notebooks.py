@@ -111,21 +111,22 @@ def test_table_or_figure_notebook_runs_at_smoke_size(name, tmp_path):
 
 
 def test_your_model_runs_on_a_folder_of_photos(tmp_path):
-    "Scenes as somebody's photos, with one to four captions each"
+    "Squares as somebody's photos, with one to three captions each, and a small model as theirs"
     import yaml
 
-    from mope_clip.data import scene
+    from mope_clip.clip import tiny_clip
+    from mope_clip.data import synth_pairs
 
+    tiny_clip().save(tmp_path / 'tiny')
     photos = tmp_path / 'my photos [2026]'
     photos.mkdir()
     lines = ['filepath,caption']
-    for k in range(150):
-        drawn = scene('openmoji', 'train', k)
-        drawn.image.save(photos / f'{k}.jpg')
-        lines += [f'{k}.jpg,"{caption}"' for caption in drawn.captions[: 1 + k % 4]]
+    for k, pair in enumerate(synth_pairs(150, captions=3)):
+        pair['image'].save(photos / f'{k}.jpg')
+        lines += [f'{k}.jpg,{caption}' for caption in pair['captions'][: 1 + k % 3]]
     (photos / 'captions.csv').write_text('\n'.join(lines), encoding='utf-8')
     smoke = yaml.safe_load((ROOT / 'nbs' / '60_your_model.yaml').read_text())['smoke']
-    given = dict(smoke, task=photos, queries='["red", "a dog"]', out_dir=tmp_path / 'out')
+    given = dict(smoke, task=photos.name, model='tiny', queries='["red and blue"]', out_dir='out')
     words = [word for name, value in given.items() for word in ('-p', name, value)]
     r = run(sys.executable, '-m', 'mope_clip.cli', 'run', '60_your_model', *words, cwd=tmp_path)
     assert r.returncode == 0, r.stderr[-3000:]
