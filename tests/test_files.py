@@ -25,13 +25,16 @@ from mope_clip.data.files import as_dataset, digest, png, write_atomic, write_fo
 def test_the_repository_is_found_by_both_of_its_marks(tmp_path, monkeypatch):
     monkeypatch.delenv('MOPE_CLIP_DATA', raising=False)
     (tmp_path / 'nbs').mkdir()
-    (tmp_path / 'settings.ini').touch()
+    settings = tmp_path / 'settings.ini'
+    settings.write_text('[DEFAULT]\nlib_name = mope_clip\n', encoding='utf-8')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(files.data_dir.__globals__, '__file__', str(tmp_path / 'a' / 'b' / 'c.py'))
     assert files.data_dir() != tmp_path / 'data'  # one mark alone is not a repository
     (tmp_path / 'data').mkdir()
     monkeypatch.chdir(tmp_path / 'nbs')
     assert files.data_dir() == tmp_path / 'data'  # from a folder below
+    settings.write_text('[DEFAULT]\nlib_name = another\n', encoding='utf-8')
+    assert files.data_dir() != tmp_path / 'data'  # somebody else's
     monkeypatch.setenv('MOPE_CLIP_DATA', 'elsewhere')
     assert files.data_dir() == Path('elsewhere')
 
