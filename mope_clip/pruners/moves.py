@@ -7,12 +7,13 @@ __all__ = ['DEPTHS', 'Moves', 'EvenOrders', 'EvenMoves']
 
 # %% ../../nbs/05fb_moves.ipynb #df9a720b
 import random
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import pandas as pd
 import torch
 
-from ..clip import Clip, both, whole_spec
+from ..clip import Clip, PruneSpec, both, whole_spec
 from ..metrics.table import neuron_groups
 from .levels import Orders, Prices
 from .plan import plan_depth, plan_width
@@ -46,13 +47,20 @@ class Moves:
         for rank in ('layer', 'global'):
             for depth in DEPTHS if (scores.module == 'layer').any() else DEPTHS[:1]:
                 spec = plan_depth(scores, depth) if depth < 1 else whole_spec(self.orders.clip)
-                for share in [k / 64 for k in range(64, 0, -1)]:
-                    plan = both(plan_width(scores, share, rank), spec)
-                    levels = self.orders.levels_of(plan)
-                    if self.fits(levels):
-                        out[f'{rank}, depth {depth:g}'] = levels
-                        break
+                levels = self.widest(scores, rank, spec)
+                if levels:
+                    out[f'{rank}, depth {depth:g}'] = levels
         return out
+
+    def widest(self, scores: pd.DataFrame, rank: str, deep: PruneSpec) -> dict | None:
+        "The widest plan by ranks that fits, found by halving, since a wider one costs no less"
+
+        def levels(k: int) -> dict:
+            return self.orders.levels_of(both(plan_width(scores, k / 64, rank), deep))
+
+        limit = self.budget + 1e-9
+        fits = bisect_right(range(1, 65), limit, key=lambda k: self.prices.of(levels(k)))
+        return levels(fits) if fits else None
 
     def step(self, levels: dict, rng: random.Random) -> dict:
         "Other levels of the same budget"
