@@ -3,23 +3,33 @@
 import copy
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(*args, cwd=ROOT, timeout=600, **env):
-    "Run a command without terminal and progress bars; returns its CompletedProcess"
+def run(*args, cwd=ROOT, timeout=600, fresh=True, **env):
+    """Run a command without terminal and progress bars; returns its CompletedProcess
+
+    fresh=False: a command of Python, which takes the libraries from a process that has imported
+    them (`warm`), where the platform can; papermill then executes without a kernel.
+    """
     clean = {k: v for k, v in os.environ.items() if k not in ('IN_TEST', 'MOPE_CLIP_DATA')}
+    env = {**clean, 'MOPE_CLIP_PROGRESS': '0', **env}
+    if warm.CAN and not fresh:
+        assert args[0] == sys.executable
+        return warm.forked(args[1:], cwd, timeout, env)
     return subprocess.run(
         [str(a) for a in args],
         cwd=cwd,
         timeout=timeout,
         capture_output=True,
         text=True,
-        env={**clean, 'MOPE_CLIP_PROGRESS': '0', **env},
+        env=env,
     )
 
 

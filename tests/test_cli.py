@@ -572,7 +572,7 @@ def test_the_pipeline_from_end_to_end(tmp_path):
     tiny_clip().save(tmp_path / 'tiny')
 
     def do(line):
-        r = process(*line.split(), cwd=tmp_path)
+        r = process(*line.split(), cwd=tmp_path, fresh=False)
         assert r.returncode == 0, r.stderr[-2000:]
         return r.stdout
 
@@ -616,7 +616,7 @@ def test_the_pipeline_from_end_to_end(tmp_path):
 def test_bad_arguments_are_one_sentence(line, sentence, tmp_path):
     if ' tiny' in line:
         tiny_clip().save(tmp_path / 'tiny')
-    r = process(*line.split(), cwd=tmp_path)
+    r = process(*line.split(), cwd=tmp_path, fresh=False)
     assert r.returncode == 1 and sentence in r.stderr and r.stderr.count('\n') == 1, r.stderr
 
 

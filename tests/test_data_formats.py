@@ -204,7 +204,8 @@ def test_shards_from_elsewhere(tmp_path):
 
 
 TRAIN = """
-import json, os, sys, time
+import json, os, sys, time, torch
+torch.set_num_threads(1)
 from mope_clip.clip import tiny_clip, weights_hash
 from mope_clip.data import stream_pairs
 from mope_clip.distill import train
@@ -221,23 +222,18 @@ print('HASH', weights_hash(clip))
 def test_killed_run_on_shards_ends_at_the_same_weights(tmp_path):
     shards = write_shards(tmp_path / 'shards')
 
-    def start(name, pause):
-        return subprocess.Popen(
-            [sys.executable, '-c', TRAIN, shards, tmp_path / name, str(pause)],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        )
+    def command(name, pause):
+        return [sys.executable, '-c', TRAIN, shards, tmp_path / name, str(pause)]
 
-    straight = start('a', 0).communicate(timeout=300)[0]
-    victim = start('b', 0.3)
+    straight = run(*command('a', 0), fresh=False).stdout
+    piped = dict(stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    victim = subprocess.Popen(command('b', 0.3), **piped)
     for line in victim.stdout:
         if ' 640 of' in line:
             os.kill(victim.pid, signal.SIGKILL)
             break
     victim.wait()
-    resumed = start('b', 0).communicate(timeout=300)[0]
+    resumed = run(*command('b', 0), fresh=False).stdout
     assert 'resumed at step 50 of 150' in resumed
     for said in (straight, resumed):  # whoever trains is told which
         assert re.search(r'broken and passed over: .*000000009', said)

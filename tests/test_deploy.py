@@ -24,7 +24,7 @@ from mope_clip.data import synth_pairs
 from mope_clip.distill import distill, train
 from mope_clip.pruners import export_hf, export_onnx, export_open_clip, trim_vocabulary
 from mope_clip.pruners.deploy import search_example
-from mope_clip.pruners.export import OnnxTower, as_served, onnx_program, probe
+from mope_clip.pruners.export import OnnxTower, as_served, identity, onnx_program, probe
 from mope_clip.pruners.fidelity import compare_forms, judge, said_of, verdict
 from mope_clip.pruners.weights import in_bytes, store_weights
 
@@ -46,6 +46,26 @@ def pairs():
 @pytest.fixture(autouse=True)
 def no_gradients():
     with torch.no_grad():
+        yield
+
+
+def copy_of(program):
+    return torch.onnx.ONNXProgram(program.model.clone(), program.exported_program)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def each_graph_is_made_once():
+    "Export takes seconds: what two tests export alike is made once, and each gets a copy"
+    kept = {}
+
+    def once(clip, tower, opset, batch=None):
+        known = json.dumps(identity(clip), sort_keys=True), str(clip.dtype), tower, opset, batch
+        if known not in kept:
+            kept[known] = onnx_program(clip, tower, opset, batch)
+        return copy_of(kept[known])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mope_clip.pruners.deploy.onnx_program', once)
         yield
 
 
@@ -281,9 +301,9 @@ def test_real_weights_shrink_by_half_and_by_three_quarters(tmp_path):
     vision = dict(image_size=32, layers=1, width=64, patch_size=16)
     cfg = dict(embed_dim=512, vision_cfg=vision, text_cfg=text)
     clip = build_clip(dict(name='real', model_cfg=cfg), open_clip.get_tokenizer('ViT-B-32'))
-    sizes = {}
+    sizes, made = {}, onnx_program(clip, 'text', 18)
     for weights in ('fp32', 'fp16', 'int8'):
-        program = onnx_program(clip, 'text', 18)
+        program = copy_of(made)
         store_weights(program.model, weights)
         program.save(tmp_path / weights)
         sizes[weights] = (tmp_path / weights).stat().st_size
@@ -474,7 +494,8 @@ def test_the_lines_of_every_page_run_and_the_tokenizer_works_alone(form, own, pa
     assert len(code.strip().splitlines()) == 5
     pairs['image'][0].save(tmp_path / 'a.png')
     lines = f'from PIL import Image\npicture = Image.open({str(tmp_path / "a.png")!r})\n{code}'
-    r = run(sys.executable, '-c', f'{lines}\nprint(similar.item())', cwd=folder)
+    lines, fresh = f'{lines}\nprint(similar.item())', form == 'open_clip'
+    r = run(sys.executable, '-c', lines, cwd=folder, fresh=fresh)
     assert r.returncode == 0, r.stderr[-2000:]
     image = clip.encode_image(clip.preprocess(pairs['image'][0])[None], normalize=True)
     words = clip.encode_text(clip.tokenizer(['a red square']), normalize=True)
