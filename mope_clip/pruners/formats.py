@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['not_plain', 'plain', 'export_open_clip', 'hf_model', 'export_hf']
 
-# %% ../../nbs/05i_formats.ipynb #bf78cdec
+# %% ../../nbs/05i_formats.ipynb #8eae0134
 import json
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from ..clip import TOWERS, Clip, save_open_clip, shape_of
 from ..clip.layouts import even
 from ..clip.readme import LOAD_HF, readme
 from ..clip.to_hugging_face import hf_config_and_weights, preprocess_to_hf
+from ..clip.tokenizers import quiet_transformers
 from ..clip.tokens import write_tokenizer
 from ..data.files import write_folder
 from .export import check_same, probe
@@ -68,7 +69,7 @@ def export_open_clip(
     "Write a folder for open_clip's `create_model_and_transforms('local-dir:...')` and tokenizer"
     save_open_clip(plain(clip, pad), folder, dtype)
 
-# %% ../../nbs/05i_formats.ipynb #5ed7154f
+# %% ../../nbs/05i_formats.ipynb #bb4b86c4
 @torch.no_grad()
 def hf_model(flat: Clip):  # `transformers.CLIPModel`
     "A plain model in Hugging Face's class; `ValueError` where it computes something else"
@@ -100,7 +101,8 @@ def export_hf(
     prepared = preprocess_to_hf(clip.config.get('preprocess_cfg') or {}, side)
 
     def write(new: Path):
-        model.save_pretrained(new)
+        with quiet_transformers():
+            model.save_pretrained(new)
         text = json.dumps(prepared, indent=1)
         (new / 'preprocessor_config.json').write_text(text, encoding='utf-8')
         write_tokenizer(clip.tokenizer, new, copy=False)
