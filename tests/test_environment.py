@@ -225,6 +225,13 @@ def test_pictures_and_texts_are_encoded_as_they_are():
             call(given)
 
 
+def test_an_export_says_nothing_of_its_own_on_the_terminal(tmp_path, capfd):
+    from mope_clip.pruners import export_hf
+
+    export_hf(tiny_clip(), tmp_path / 'hf')
+    assert capfd.readouterr().err == ''
+
+
 def test_the_configuration_of_a_model_is_no_damaged_model(tmp_path):
     tiny_clip().save(tmp_path / 'm')
     with pytest.raises(ValueError, match='no model but a file of one: pass its folder'):

@@ -77,18 +77,21 @@ def named_tokenizer(
     no_code = dict(trust_remote_code=False) if hugging else {}
     return open_clip.get_tokenizer(name, context_length=length, **no_code)
 
-# %% ../../nbs/02ga_tokenizers.ipynb #e49c4f63
+# %% ../../nbs/02ga_tokenizers.ipynb #17a34e9f
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    "Inside, `transformers` does not wonder whose model lies beside a tokenizer"
+    "Inside, `transformers` draws no bars and does not wonder whose model lies beside a tokenizer"
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def load_tokenizer(

@@ -17,6 +17,7 @@ from ..clip.layouts import even
 from ..clip.readme import LOAD_HF, LOAD_SIGLIP, readme
 from ..clip.siglip import is_siglip, to_siglip
 from ..clip.to_hugging_face import hf_config_and_weights, preprocess_to_hf
+from ..clip.tokenizers import quiet_transformers
 from ..clip.tokens import write_tokenizer
 from ..data.files import read_json, refuse, write_folder
 from .export import check_same, probe
@@ -153,7 +154,8 @@ def export_hf(
     prepared = preprocess_to_hf(clip.config.get('preprocess_cfg') or {}, side)
 
     def write(new: Path):
-        model.save_pretrained(new)
+        with quiet_transformers():
+            model.save_pretrained(new)
         text = json.dumps(prepared, indent=1)
         (new / 'preprocessor_config.json').write_text(text, encoding='utf-8')
         write_tokenizer(clip.tokenizer, new, copy=False)
