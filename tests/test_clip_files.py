@@ -1250,6 +1250,7 @@ def test_older_models_of_the_hub_are_fetched_as_pickles(hf_folder, tmp_path):
 
 def test_a_hub_that_cannot_be_reached_is_said():
     with (
+        patch('mope_clip.data.network.is_reached', return_value=True),
         patch('huggingface_hub.snapshot_download', side_effect=OSError('no network')),
         says(FileNotFoundError, 'not found on the hub (OSError: no network): check'),
     ):
@@ -1291,6 +1292,7 @@ def test_a_tag_knows_its_activation_and_pixels():
 
 def test_a_tag_without_a_network_says_what_to_do():
     with (
+        patch('mope_clip.data.network.is_reached', return_value=True),
         patch('open_clip.create_model_and_transforms', side_effect=OSError('no network')),
         says(FileNotFoundError, 'The weights openai of ViT-B-32 could not be had (OSError: no net'),
     ):

@@ -115,7 +115,8 @@ def test_without_a_network_cause_and_cure_are_one_sentence(small):
         with pytest.raises(RuntimeError, match=sentence):
             push_to_hub(small, 'me/small')
     sentence = r'not found on the hub \(OSError: No route to host\): check'
-    with mock.patch('huggingface_hub.snapshot_download', broken):
+    answers = mock.patch('mope_clip.data.network.is_reached', return_value=True)
+    with answers, mock.patch('huggingface_hub.snapshot_download', broken):
         with pytest.raises(FileNotFoundError, match=sentence):
             from_pretrained('me/small')
 

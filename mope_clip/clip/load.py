@@ -159,7 +159,7 @@ def from_hub(
         try:
             folder = Path(snapshot_download(repo_id, allow_patterns=files, **whence))
             if not list(folder.glob('*.safetensors')):
-                files.append('*.bin')
+                files = [*files, '*.bin']
                 folder = Path(snapshot_download(repo_id, allow_patterns=files, **whence))
             return folder
         except (HTTPError, OSError) as e:
