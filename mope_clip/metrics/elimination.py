@@ -18,6 +18,8 @@ from .z import ScoringTask
 # %% ../../nbs/04fa_elimination.ipynb #2cbd49f2
 def error_without(inverse: torch.Tensor, weight: torch.Tensor, size: int) -> torch.Tensor:
     "What each unit of `size` inputs adds to the squared error if it goes next, (units,)"
+    if size == 1:
+        return weight.square().sum(0) / inverse.diagonal()
     units = len(inverse) // size
     picked = torch.arange(units, device=inverse.device)
     own = inverse.view(units, size, units, size)[picked, :, picked]  # (units, size, size)
