@@ -149,14 +149,15 @@ def test_table_or_figure_notebook_runs_at_smoke_size(name, tmp_path, shallow):
         '-f',
         tmp_path / 'smoke.yaml',
         cwd=tmp_path,
-        fresh=name == '51_training_efficiency',  # one of them in a kernel
+        fresh=name == '54_gallery',  # one of them in a kernel
         MOPE_CLIP_DATA=str(shallow),
         MOPE_CLIP_CACHE=str(cache_dir()),
     )
     assert r.returncode == 0, r.stderr[-3000:]
     results = json.loads((tmp_path / 'out' / 'results.json').read_text())
     assert results['claims'] and all(
-        {'id', 'verdict', 'value', 'rule', 'text'} <= set(c) for c in results['claims']
+        {'id', 'kind', 'claim', 'verdict', 'value', 'rule', 'text', 'n'} <= set(c)
+        for c in results['claims']
     )
 
 

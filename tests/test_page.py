@@ -355,7 +355,7 @@ def test_the_checks_see_what_they_are_for(made_up, browser):
 FRAME = 'from mope_clip.report import Report\n\nreport = Report(globals())'
 BODY = """from mope_clip.data.files import digest
 digest('a')
-report.claim('a', True, 1.0, 'a finding')
+report.goal('a', True, 1.0, 'a finding')
 {last}
 report.finish()"""
 
@@ -371,7 +371,7 @@ def test_all_reports_by_one_command(tmp_path):
         cells = code(parameters, ['parameters']), code(FRAME), code(BODY.format(last=last))
         write_notebook(tmp_path / 'nbs' / f'{name}.ipynb', prose(f'# {name}'), *cells)
         (tmp_path / 'nbs' / f'{name}.yaml').write_text(
-            'rules: {a: {says: a rule}}\n', encoding='utf-8'
+            'rules: {a: {says: a rule, kind: budget}}\n', encoding='utf-8'
         )
 
     def do():

@@ -128,7 +128,7 @@ def test_adding_a_report_touches_its_notebook_and_its_yaml_file_alone(toy_repo):
     from mope_clip.report.templates import Template, template_names
 
     (toy_repo / 'nbs' / 'claims.yaml').write_text(
-        '3: {claim: It rates., short: Rates., found: So it seems.}\n', encoding='utf-8'
+        '3: {claim: It rates., short: Rates.}\n', encoding='utf-8'
     )
     write_notebook(toy_repo / 'nbs' / '90_new.ipynb', prose('# New\n> Whether.'))
     (toy_repo / 'nbs' / '90_new.yaml').write_text(
@@ -262,9 +262,11 @@ def test_results_are_one_whole_file(tiny, tmp_path):
     results = Results('90_toy', tmp_path / 'runs', dict(task='synth'))
     for stage, clip in (('teacher', tiny), ('pruned', half)):
         results.add(clip, pairs, 'random', stage, seed=1)
-    rule = Rule('at least 90 %', 'budget', deciding=True)
-    for holds in (True, False, None):
-        results.claim('half', holds, 61, rule, '61 % are left', 55, 67)
+    rule = Rule('at least 90 %', 'budget')
+    for met in (True, False, None):
+        results.claim('half', rule, 61, '61 % are left', 55, 67, met=met)
+    rule = Rule('above it', deciding=True, added='2026-11-27')
+    results.claim('ahead', rule, 1, 'it is', 0.5, 1.5, claim=3, n=16, teachers=3, draws=5)
     saved = json.loads(results.write(seeds=[1], data=dict(scored='ab')).read_text(encoding='utf-8'))
     assert [p.name for p in (tmp_path / 'runs').iterdir()] == ['results.json']
     keys = ['schema', 'name', 'scale', 'parameters', 'rows', 'cost', 'claims', 'provenance']
@@ -275,14 +277,37 @@ def test_results_are_one_whole_file(tiny, tmp_path):
     assert saved['rows'] == results.rows and saved['provenance']['data'] == dict(scored='ab')
     assert [r['size'] for r in saved['rows'][::7]] == [cost(c)['params'] for c in (tiny, half)]
     verdicts = [c.pop('verdict') for c in saved['claims']]
-    assert verdicts == ['holds at this scale', 'does not hold', 'not tested']
+    assert verdicts == ['met', 'missed', 'not tested', 'better']
     numbers = dict(id='half', value=61.0, low=55.0, high=67.0, text='61 % are left')
-    assert saved['claims'][0] == dict(numbers, rule='at least 90 %', kind='budget', deciding=True)
-    said = '- **does not hold**: 61 % are left. Rule: at least 90 %.'
+    marks = dict(rule='at least 90 %', kind='budget', deciding=False, claim=None)
+    counted = dict(n=None, teachers=1, draws=1)
+    assert saved['claims'][0] == {**numbers, **marks, **counted}
+    numbers = dict(id='ahead', value=1.0, low=0.5, high=1.5, text='it is')
+    marks = dict(rule='above it', kind='contrast', deciding=True, claim=3, added='2026-11-27')
+    assert saved['claims'][3] == {**numbers, **marks, **dict(n=16, teachers=3, draws=5)}
+    said = '- **missed**: 61 % are left. Rule: at least 90 %.'
     assert results.verdicts().splitlines()[1] == said
     table = results.table()
     assert list(table.index) == ['teacher', 'pruned']
     assert table.loc['pruned'].to_dict() == retrieval(half, pairs)
+
+
+@pytest.mark.parametrize(
+    'low, high, verdict',
+    [
+        (0.1, 9.0, 'better'),
+        (-9.0, -0.1, 'worse'),
+        (-1.0, 1.0, 'not told apart'),
+        (0.0, 0.0, 'not told apart'),
+        (-1.0, 1.1, 'too few to say'),
+        (None, None, 'too few to say'),
+        (float('nan'), float('nan'), 'too few to say'),
+    ],
+)
+def test_the_verdict_of_a_contrast_follows_from_its_interval(low, high, verdict):
+    from mope_clip.report.results import compared
+
+    assert compared(low, high) == verdict
 
 
 def test_a_headline_is_the_first_claim_or_the_first_and_last_recall():
@@ -357,16 +382,28 @@ def test_a_whole_number_whose_default_is_above_zero_must_be_at_least_one(framed,
 
 
 def test_a_claim_takes_its_rule_from_the_yaml_file(framed, monkeypatch):
+    from mope_clip.report.comparison import Interval
+
     monkeypatch.setenv('JPY_SESSION_NAME', '90_toy.ipynb')
     report = framed()
-    report.claim('above-masks', True, 1.0, 'it is', more='two seeds')
-    assert report.results.claims[0]['rule'] == 'above masks on 4 images and two seeds'
+    report.contrast('above-masks', Interval(1, 0.5, 1.5), 'it is ahead', more='two seeds', n=4)
+    claim = report.results.claims[0]
+    assert claim['rule'] == 'above masks on 4 images and two seeds' and claim['n'] == 4
+    assert claim['text'] == 'it is ahead: +1.0 points (+0.5 to +1.5)'
+    nothing = Interval(*[float('nan')] * 3)
+    report.contrast('above-masks', nothing, 'too few captions', more='x')
+    claim = report.results.claims[1]
+    assert (claim['value'], claim['low'], claim['verdict']) == (None, None, 'too few to say')
+    assert claim['text'] == 'too few captions'
     with pytest.raises(ValueError, match=r"90_toy.yaml has no rule 'below'"):
-        report.claim('below', True, 1.0, 'it is')
+        report.contrast('below', nothing, 'it is')
+    with pytest.raises(ValueError, match='is a contrast: say it with'):
+        report.goal('above-masks', True, 1.0, 'it is', more='x')
 
 
 def test_a_report_that_is_finished_says_what_was_executed(framed, monkeypatch, tiny, capsys):
     from mope_clip.data import synth_pairs
+    from mope_clip.report.comparison import Interval
     from mope_clip.report.provenance import state_of
 
     monkeypatch.setenv('JPY_SESSION_NAME', '90_toy.ipynb')
@@ -374,7 +411,7 @@ def test_a_report_that_is_finished_says_what_was_executed(framed, monkeypatch, t
     pairs = synth_pairs(4)
     report.data(test=pairs)
     report.add(tiny, pairs, 'mope', 'teacher')
-    report.claim('above-masks', True, 1.0, 'it is above', more='x')
+    report.contrast('above-masks', Interval(1, 0.5, 1.5), 'it is above', more='x')
     report.finish(model=report.out / 'model')
     saved = json.loads((report.out / 'results.json').read_text(encoding='utf-8'))
     functions = saved['provenance']['functions']
@@ -650,8 +687,8 @@ def test_the_readme_is_the_prose_of_a_notebook_with_numbers_of_files(with_readme
 def test_fields_name_claims_costs_and_times(with_readme):
     from mope_clip.report.readme import readme_field
 
-    half = '| [90_toy](reports/90_toy/90_toy.ipynb) | does not hold | 61 % / are left |'
-    rest = '| [90_toy](reports/90_toy/90_toy.ipynb) | holds at this scale | none is lost |'
+    half = '| [90_toy](reports/90_toy/90_toy.ipynb) | missed | 61 % / are left |'
+    rest = '| [90_toy](reports/90_toy/90_toy.ipynb) | not told apart | none is lost |'
     assert readme_field('90_toy|claims|') == f'{half}\n{rest}'
     assert readme_field('90_toy|claims|half') == half
     assert readme_field('90_toy|minutes|') == '1.5'
@@ -664,9 +701,9 @@ def test_a_stale_finding_says_so(with_readme):
     from mope_clip.report.readme import findings
 
     (with_readme / 'nbs' / '90_toy.yaml').write_text('findings: [rest]\n', encoding='utf-8')
-    assert '| holds at this scale | none' in findings()
+    assert '| not told apart | none' in findings()
     write_notebook(with_readme / 'nbs' / '90_toy.ipynb', prose('# Toy'), code('x = 1'))
-    assert '| holds at this scale (stale: its code changed since) | none' in findings()
+    assert '| not told apart (stale: its code changed since) | none' in findings()
 
 
 @pytest.mark.parametrize(

@@ -606,6 +606,22 @@ def test_a_set_of_scenes_is_a_beginning_of_the_split_and_knows_whose_artwork_it_
     )
 
 
+def test_the_final_split_is_a_range_of_test_scenes_of_its_own():
+    from mope_clip.data import load_pairs, stream_pairs
+    from mope_clip.data.files import about
+    from mope_clip.metrics.z import is_test
+
+    final = load_pairs('openmoji', 'final', 3)
+    assert final['image_id'] == [f'openmoji/test/{100_000 + i}' for i in range(3)]
+    assert final['captions'][2] == scene('openmoji', 'test', 100_002).captions
+    assert about(final)['split'] == 'final' and is_test(str(final.split))
+    assert not set(final['image_id']) & set(load_pairs('openmoji', 'test', 3)['image_id'])
+    with pytest.raises(ValueError, match="Unknown split 'final'"):
+        load_pairs('coco', 'final')
+    with pytest.raises(ValueError, match="Unknown split 'final'"):
+        stream_pairs('openmoji', 'final')
+
+
 def test_a_suite_forces_one_fact_a_class():
     for name, suite in suites().items():
         assert len(suite.classes) == len(suite.fixed) == len({*suite.classes}), name

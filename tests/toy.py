@@ -42,12 +42,15 @@ def row(**labels):
 
 
 def write_results(folder, name, rows=(), claims=(), minutes=0.0, **cost):
-    "The results of a report, fresh as long as its notebook stays; claims: arguments of `claim`"
+    """The results of a report, fresh as long as its notebook stays; a claim: id, whether a goal was
+    met, value, rule, text, and of a contrast its interval
+    """
     folder.mkdir(parents=True, exist_ok=True)
     results = Results(name, folder, {})
     results.started -= 60 * minutes
     results.rows += rows
     results.cost.update(cost)
-    for id, holds, value, rule, text, *interval in claims:
-        results.claim(id, holds, value, Rule(rule), text, *interval)
+    for id, met, value, says, text, *interval in claims:
+        rule = Rule(says, 'contrast' if interval else 'budget')
+        results.claim(id, rule, value, text, *interval, met=met)
     return results.write(functions=executed())

@@ -69,7 +69,7 @@ def _mapping(columns: dict | str | None) -> dict | None:
 
 def load_pairs(
     task: str,  # one of `TASKS` or `KARPATHY`; or the place of a set of your own, as in `kind_of`
-    split: str,  # 'train', 'validation' or 'test'
+    split: str,  # 'train', 'validation', 'test'; of an embedded task also 'final', to be read once
     n: int | None = None,  # images; None: `DEFAULT_IMAGES` scenes, all of a data set on disk
     root: str
     | Path
@@ -81,7 +81,9 @@ def load_pairs(
     check: bool = True,  # decode every picture of a data set on disk once
 ) -> 'Dataset':  # with columns image, captions, image_id; `about` says what is known of it
     "Image-text pairs of a split; `FileNotFoundError` says what to get where a data set is missing"
-    is_place, columns = _is_place(task, split, (*TASKS, *KARPATHY)), _mapping(columns)
+    is_final = split == 'final' and task in TASKS
+    names = *TASKS, *KARPATHY
+    is_place, columns = _is_place(task, 'test' if is_final else split, names), _mapping(columns)
     refuse(n is not None and n < 1, f'n is the number of images, at least 1, not {n}.')
     if task in TASKS:
         return load_scenes(task, split, n or DEFAULT_IMAGES[split])

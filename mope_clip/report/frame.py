@@ -7,6 +7,7 @@ __all__ = ['RECORD', 'template_of', 'executed_before', 'outdated', 'SetUp', 'Rep
 
 # %% ../../nbs/07i_frame.ipynb #ccf96d3e
 import json
+import math
 import os
 import time
 from dataclasses import fields
@@ -16,17 +17,17 @@ from pathlib import Path
 import pandas as pd
 
 from ..clip import Clip
-from ..data.files import write_atomic
+from ..data.files import refuse, write_atomic
 from ..data.own import name_of
 from ..distill import teacher_for
 from .bench import Bench
 from .code import Recorder, changed, recorder_on
-from .comparison import Comparison
+from .comparison import Comparison, Interval
 from .figures import save_figure, save_table, theme
 from .parameters import check_choice, check_parameters, check_positive, run_dir
 from .provenance import data_record
-from .results import Results
-from .templates import Template, template_names
+from .results import Results, decimal
+from .templates import Rule, Template, template_names
 
 # %% ../../nbs/07i_frame.ipynb #56bdc9ea
 def template_of(
@@ -187,19 +188,49 @@ class Report(SetUp):
         save_table(table, self.out, name, digits, index)
         self.keep_record()
 
-    def claim(
+    def contrast(
         self,
         id: str,  # of a rule in the template's YAML file
-        holds: bool | None,  # None: not tested
+        found: Interval,  # a difference in points, above zero where it favours the claim
+        text: str,  # what is ahead of what; the number is added
+        n: int | None = None,  # images
+        teachers: int = 1,
+        draws: int = 1,
+        **words,  # of the rule, beside parameters
+    ):
+        "Keep the verdict on a rule that compares: by the interval alone"
+        rule = self.rule(id, 'contrast', words)
+        if math.isfinite(found.value):
+            numbers = [decimal(number, sign=True) for number in found]
+            text += ': {} points ({} to {})'.format(*numbers)
+        counted = dict(n=n, teachers=teachers, draws=draws)
+        of_paper = self.template.claim_of(id)
+        self.results.claim(id, rule, found.value, text, *found[1:], claim=of_paper, **counted)
+
+    def goal(
+        self,
+        id: str,  # of a rule in the template's YAML file
+        met: bool | None,  # None: not tested
         value: float | None,
         text: str,  # what was found
         low: float | None = None,  # the interval of the value, where it has one
         high: float | None = None,
         **words,  # of the rule, beside parameters
     ):
-        "Keep a verdict on a rule that was written down before the run"
+        "Keep whether a goal was met that was written down before the run"
+        rule = self.rule(id, 'budget', words)
+        of_paper = self.template.claim_of(id)
+        self.results.claim(id, rule, value, text, low, high, met=met, claim=of_paper)
+
+    def rule(self, id: str, kind: str, words: dict) -> Rule:
+        "The rule of an id; `ValueError` where none was written down, or one of another kind"
         rule = self.template.rule(id, {**self.parameters, **words})
-        self.results.claim(id, holds, value, rule, text, low, high)
+        verb = 'report.goal' if rule.kind == 'budget' else 'report.contrast'
+        refuse(
+            rule.kind != kind,
+            f'The rule {id!r} of {self.name}.yaml is a {rule.kind}: say it with {verb}.',
+        )
+        return rule
 
     def data(self, **sets):
         "Note which data sets decide the numbers; their fingerprints become part of the provenance"

@@ -10,7 +10,8 @@ __all__ = ['KINDS', 'ABOUT_RULES', 'repo_root', 'check_clone', 'template_names',
 import ast
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 
@@ -107,7 +108,8 @@ class Rule:
 
     says: str  # the sentence; {names} stand for parameters of the run
     kind: str = 'contrast'  # or 'budget'
-    deciding: bool = False
+    deciding: bool = False  # the one of its claim
+    added: str = ''  # the date, of a rule that came after its report
 
     def filled(self, values: dict) -> 'Rule':
         "The rule with its {names} replaced; `ValueError` for one that has no value"
@@ -115,7 +117,7 @@ class Rule:
             says = self.says.format(**values)
         except (KeyError, IndexError, TypeError) as e:
             raise ValueError(f'The rule {self.says!r} names {e}, which has no value.') from None
-        return Rule(says, self.kind, self.deciding)
+        return replace(self, says=says)
 
 # %% ../../nbs/07a_templates.ipynb #5b89373c
 def names_in(
@@ -201,6 +203,13 @@ class Template:
         if not isinstance(claims, dict):
             raise ValueError(f'The claims of {self.name}.yaml are no numbers with rules: mend it.')
         return claims
+
+    def claim_of(self, id: str) -> int | None:
+        "The claim of the paper that a rule speaks to; the first, where there are several"
+        for number, patterns in self.claims.items():
+            if any(fnmatchcase(id, pattern) for pattern in patterns):
+                return number
+        return None
 
     @property
     def scales(self) -> dict[str, dict]:
