@@ -22,8 +22,9 @@ def folder(tmp_path_factory):
 
 
 def bench_of(tiny, folder, **changes):
-    from mope_clip.report.bench import Bench, say_nothing
+    from mope_clip.report.bench import say_nothing
     from mope_clip.report.comparison import Comparison
+    from mope_clip.report.roads import Bench
 
     return Bench(Comparison(**{**FEW, **changes}), tiny, folder, say_nothing)
 
@@ -76,7 +77,7 @@ def test_each_corpus_of_the_pretraining_stage_begins_behind_its_share():
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tiny, tmp_path):
-    from mope_clip.report.bench import Bench
+    from mope_clip.report.roads import Bench
 
     (tmp_path / 'a file').touch()
     with pytest.raises(ValueError, match=r'folder of models .* cannot be written'):
@@ -203,7 +204,7 @@ def test_methods_and_sizes_of_another_name_are_refused(bench):
 
 def test_an_encoder_of_ones_own_begins_with_random_weights(tiny, bench):
     from mope_clip.clip import weights_hash
-    from mope_clip.report.bench import from_scratch
+    from mope_clip.report.roads import from_scratch
 
     new = from_scratch(tiny, ('vision',), 1)
     ids = tiny.tokenizer(['a red square'])

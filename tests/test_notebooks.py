@@ -131,7 +131,7 @@ def shallow(tmp_path_factory):
     return root / 'data'
 
 
-@pytest.mark.parametrize('name', [n for n in TEMPLATES if '21' < n < '60'])
+@pytest.mark.parametrize('name', [n for n in TEMPLATES if n > '21' and n != '60_your_model'])
 def test_table_or_figure_notebook_runs_at_smoke_size(name, tmp_path, shallow):
     import yaml
 

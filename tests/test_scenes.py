@@ -607,8 +607,7 @@ def test_a_set_of_scenes_is_a_beginning_of_the_split_and_knows_whose_artwork_it_
 
 
 def test_the_final_split_is_a_range_of_test_scenes_of_its_own():
-    from mope_clip.data import load_pairs, stream_pairs
-    from mope_clip.data.files import about
+    from mope_clip.data import about, load_pairs, stream_pairs
     from mope_clip.metrics.z import is_test
 
     final = load_pairs('openmoji', 'final', 3)

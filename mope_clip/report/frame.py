@@ -20,13 +20,13 @@ from ..clip import Clip
 from ..data.files import refuse, write_atomic
 from ..data.own import name_of
 from ..distill import teacher_for
-from .bench import Bench
 from .code import Recorder, changed, recorder_on
 from .comparison import Comparison, Interval
 from .figures import save_figure, save_table, theme
 from .parameters import check_choice, check_parameters, check_positive, run_dir
 from .provenance import data_record
 from .results import Results, decimal
+from .roads import Bench
 from .templates import Rule, Template, template_names
 
 # %% ../../nbs/07i_frame.ipynb #56bdc9ea

@@ -1,0 +1,180 @@
+"Several draws over the same held-out images, several teachers, and one interval for all luck."
+
+import json
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope='module')
+def tiny():
+    from mope_clip.clip import tiny_clip
+
+    return tiny_clip()
+
+
+def bench_of(tiny, folder, **changes):
+    from mope_clip.report.bench import say_nothing
+    from mope_clip.report.comparison import Comparison
+    from mope_clip.report.roads import Bench
+
+    few = dict(images_scored=6, images_evaluated=8, pairs=8, groups=2, batch=4, images_repaired=10)
+    return Bench(Comparison(**{**few, **changes}), tiny, folder, say_nothing)
+
+
+# ---------------------------------------------------------------- draws
+
+
+def test_draws_are_disjoint_and_share_what_is_held_out(tiny, tmp_path):
+    first = bench_of(tiny, tmp_path, draw=0, draws=2, images_chosen=10)
+    second = first.other(draw=1)
+    ids = [int(i.split('/')[-1]) for b in (first, second) for i in b.scored['image_id']]
+    assert ids == list(range(1010, 1022))
+    for b in (first, second):
+        assert b.held_out['image_id'] == [f'openmoji/validation/{i}' for i in range(1000, 1010)]
+    assert second.validation is first.validation, 'one set in memory for all draws'
+    fewer = first.other(images_chosen=4)
+    assert fewer.held_out['image_id'] == first.held_out['image_id'][:4]
+
+
+def test_a_draw_beyond_the_images_there_are_is_refused(tiny, tmp_path):
+    from mope_clip.data import synth_pairs
+
+    bench = bench_of(tiny, tmp_path, draw=1, draws=2, images_chosen=10)
+    bench.__dict__['validation'] = synth_pairs(20)
+    with pytest.raises(ValueError, match='Draw 2 needs 1,022 validation images, and there are 20'):
+        bench.scored  # noqa: B018
+
+
+# ---------------------------------------------------------------- plans
+
+
+def test_the_best_plan_by_ranks_is_chosen_on_held_out_images(tiny, tmp_path):
+    from mope_clip.evaluate import cost
+
+    bench = bench_of(tiny, tmp_path)
+    table, macs = bench.scores(tiny, groups=2), cost(tiny)['macs']
+    best = bench.best_by_ranks(table, dict(macs=0.6))
+    assert cost(best.repaired)['macs'] <= 0.6 * macs
+    each = bench.contributions(best.repaired, split='validation')['mean_recall']
+    assert best.z == each.mean()
+    only = bench.best_by_ranks(table, dict(macs=0.6), depths=(0.5,), ranks=('layer',))
+    assert only.name == 'layer, 50% of the depth' and only.z <= best.z
+    with pytest.raises(ValueError, match='No plan by ranks is within'):
+        bench.best_by_ranks(table, dict(macs=0.001))
+
+
+def test_a_walk_is_kept(tiny, tmp_path, monkeypatch):
+    from mope_clip.report import bench as room
+
+    bench = bench_of(tiny, tmp_path, images_scored=12)
+    table = bench.scores(tiny, groups=2)
+    found = bench.searched(table, dict(macs=0.6), evaluations=3)
+    assert found.provenance['search']['seconds'] > 0
+    monkeypatch.setattr(room, 'search', None)
+    assert bench.searched(table, dict(macs=0.6), evaluations=3) == found
+    with pytest.raises(TypeError):
+        bench.searched(table, dict(macs=0.6), evaluations=4)
+
+
+# ---------------------------------------------------------------- from scratch, by courses
+
+
+def test_the_courses_are_those_of_the_teacher():
+    from mope_clip.report.bench import COURSES
+    from mope_clip.report.templates import Template
+
+    parameters = Template('10_teacher').parameters
+    pairs = {name: parameters[f'pairs_{name}'].default for name in COURSES}
+    for name, course in COURSES.items():
+        assert course['share'] == pytest.approx(pairs[name] / sum(pairs.values()), abs=1e-3)
+    code = '\n'.join(Template('10_teacher').code)
+    for name, course in COURSES.items():
+        said = code.split(f"    '{name}',\n")[1].split('\n)')[0]
+        for key in ('batch', 'warmup'):
+            assert f'{key}={course[key]},' in said, (name, key)
+        assert f'lr={course["lr"]:g},'.replace('0.002', '2e-3').replace('0.001', '1e-3') in said
+
+
+def test_a_model_is_taught_once(tiny, tmp_path):
+    from mope_clip.clip import weights_hash
+    from mope_clip.report.roads import from_scratch
+
+    bench = bench_of(tiny, tmp_path, stage='pretrain', task='openmoji-corpus')
+    new = from_scratch(tiny, seed=3)
+    before = weights_hash(new)
+    taught = bench.taught(new, 80, seed=3)
+    assert weights_hash(new) == before != weights_hash(taught)
+    assert weights_hash(bench.taught(new, 80, seed=3)) == weights_hash(taught)
+    assert len(list((tmp_path / 'taught').glob('*.code.json'))) == 1
+
+
+# ---------------------------------------------------------------- teachers
+
+
+def test_another_teacher_is_made_once_and_kept(tiny, tmp_path, monkeypatch, capsys):
+    from mope_clip.clip import save_open_clip
+    from mope_clip.report import replicates
+
+    calls = []
+
+    def run_notebook(name, out, parameters):
+        calls.append((name, parameters['seed']))
+        home = replicates.teacher_home(parameters['seed'])
+        assert parameters['data_out'] == str(home)
+        save_open_clip(tiny, home / 'teacher-openmoji')
+        (home / 'teachers.json').write_text(json.dumps({}), encoding='utf-8')
+
+    monkeypatch.setenv('MOPE_CLIP_CACHE', str(tmp_path))
+    monkeypatch.setattr(replicates, 'run_notebook', run_notebook)
+    for _ in range(2):
+        found = replicates.seeded_teacher(2, 'openmoji')
+        said = tiny.tokenizer(['a red square'])
+        assert found.encode_text(said).allclose(tiny.encode_text(said), atol=1e-6)
+    assert calls == [('10_teacher', 2)]
+    assert 'seed 2 are made now' in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- one interval
+
+
+def test_images_alone_give_the_usual_interval():
+    from mope_clip.report.replicates import replicated
+
+    each = np.random.default_rng(0).normal(1, 5, 400)
+    found = replicated(np.stack([[each] * 2] * 3))  # three teachers and two draws, all the same
+    error = each.std(ddof=1) / 20
+    assert found.found.value == pytest.approx(each.mean())
+    assert found.found.high - found.found.value == pytest.approx(1.966 * error, rel=1e-3)
+    assert (found.teachers, found.draws) == pytest.approx((0, 0), abs=1e-9)
+    assert found.freedom == pytest.approx(399)
+
+
+def test_teachers_alone_give_that_of_student():
+    from scipy.stats import ttest_1samp
+
+    from mope_clip.report.replicates import replicated
+
+    means = np.array([0.5, 1.0, 2.1])
+    found = replicated(np.broadcast_to(means[:, None, None], (3, 2, 50)))
+    low, high = ttest_1samp(means, 0).confidence_interval()
+    assert found.found == pytest.approx((1.2, low, high))
+    assert found.images == pytest.approx(0, abs=1e-9)
+    assert found.teachers == pytest.approx(means.std(ddof=1)) and found.freedom == pytest.approx(2)
+
+
+def test_with_one_teacher_the_draws_decide():
+    from scipy.stats import ttest_1samp
+
+    from mope_clip.report.replicates import replicated
+
+    draws = np.array([0.5, 1.0, 2.1, 0.2])
+    found = replicated(np.broadcast_to(draws[None, :, None], (1, 4, 50)))
+    low, high = ttest_1samp(draws, 0).confidence_interval()
+    assert found.found == pytest.approx((0.95, low, high)) and np.isnan(found.teachers)
+
+
+def test_nothing_differs_where_nothing_does():
+    from mope_clip.report.replicates import replicated
+
+    assert replicated(np.zeros((3, 5, 10))).found == (0, 0, 0)
