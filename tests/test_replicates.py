@@ -130,7 +130,9 @@ def test_another_teacher_is_made_once_and_kept(tiny, tmp_path, monkeypatch, caps
     for _ in range(2):
         found = replicates.seeded_teacher(2, 'openmoji')
         said = tiny.tokenizer(['a red square'])
-        assert found.encode_text(said).allclose(tiny.encode_text(said), atol=1e-6)
+        assert found.encode_text(said).allclose(
+            tiny.encode_text(said), atol=1e-2
+        )  # kept in half precision
     assert calls == [('10_teacher', 2)]
     assert 'seed 2 are made now' in capsys.readouterr().out
 
