@@ -720,3 +720,12 @@ def test_squares_are_deterministic_and_a_beginning_of_the_longer_set():
     assert list(synth_pairs(4)['captions']) == longer[:4]
     assert list(synth_pairs(16, 'test')['captions']) != longer
     assert [len(told) for told in synth_pairs(2, captions=1)['captions']] == [1, 1]
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch):
+    "Once for a set in memory and once for a stream; `datasets` would try for half a minute"
+    monkeypatch.setattr('mope_clip.data.network.is_reached', lambda host: False)
+    columns = dict(image='image', captions='caption', image_id='id')
+    for load in (load_pairs, stream_pairs):
+        with pytest.raises(FileNotFoundError, match='cannot be reached'):
+            load('coco', 'test', root='hf://some/set', columns=columns)

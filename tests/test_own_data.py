@@ -495,6 +495,25 @@ def test_a_comparison_knows_the_columns_of_its_set():
     assert Material(Comparison(columns=columns)).data == dict(root=None, columns=columns)
 
 
+def test_a_comparison_leaves_out_broken_pictures_where_it_is_told_to(tmp_path):
+    from mope_clip.data import synth_pairs
+    from mope_clip.report.comparison import Comparison, Material
+    from mope_clip.report.templates import Template
+
+    lines = ['image,caption,split']
+    for k, pair in enumerate(synth_pairs(6)):
+        pair['image'].save(tmp_path / f'{k}.png')
+        lines.append(f'{k}.png,{pair["captions"][0]},test')
+    (tmp_path / '2.png').write_bytes((tmp_path / '2.png').read_bytes()[:60])
+    (tmp_path / 'captions.csv').write_text('\n'.join(lines), encoding='utf-8')
+    given = dict(task=str(tmp_path), images_evaluated=6)
+    with pytest.raises(ValueError, match='skip_unreadable'):
+        Material(Comparison(**given)).tested()
+    assert len(Material(Comparison(**given, skip_unreadable=True)).tested()) == 5
+    for name in ('20_finetune', '30_pretrain', '54_gallery', '60_your_model'):
+        assert 'skip_unreadable' in Template(name).parameters, 'what the message advises is there'
+
+
 def test_the_error_of_a_recall_of_100_is_zero_whatever_the_number_of_captions(monkeypatch):
     import torch
 

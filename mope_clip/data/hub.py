@@ -10,12 +10,14 @@ import glob
 import re
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .columns import pick, sentences
 from .corpora import SPLIT_NAMES, checked, few
 from .files import first_line, refuse
+from .network import hub_at_once
 from .pictures import is_data
 
 if TYPE_CHECKING:
@@ -66,22 +68,23 @@ def open_hf(
         FileNotFoundError,
     )
     version = dict(revision=revision) if revision and not folder else {}
-    try:
-        if folder and any(
-            (folder / file).is_file() for file in ('dataset_dict.json', 'state.json')
-        ):
-            found = load_from_disk(str(folder))
-        elif folder and (folder.is_file() or glob.has_magic(str(folder))):
-            files = _files_by_split(folder)
-            found = load_dataset('parquet', data_files=files, streaming=streaming)
-        else:
-            found = load_dataset(str(folder or name), streaming=streaming, **version)
-    except Exception as error:  # `datasets` has errors of its own, and a damaged file raises any
-        known = isinstance(error, (OSError, ValueError, RuntimeError)) and str(error)
-        reason = str(error).splitlines()[0] if known else first_line(error)
-        raise FileNotFoundError(
-            f'{root} cannot be opened as a Hugging Face data set: {reason}'
-        ) from error
+    with nullcontext('') if folder else hub_at_once() as unreached:
+        try:
+            if folder and any(
+                (folder / file).is_file() for file in ('dataset_dict.json', 'state.json')
+            ):
+                found = load_from_disk(str(folder))
+            elif folder and (folder.is_file() or glob.has_magic(str(folder))):
+                files = _files_by_split(folder)
+                found = load_dataset('parquet', data_files=files, streaming=streaming)
+            else:
+                found = load_dataset(str(folder or name), streaming=streaming, **version)
+        except Exception as error:  # `datasets` has its own, and a damaged file raises any
+            known = isinstance(error, (OSError, ValueError, RuntimeError)) and str(error)
+            reason = str(error).splitlines()[0] if known else first_line(error)
+            raise FileNotFoundError(
+                f'{root} cannot be opened as a Hugging Face data set: {unreached or reason}'
+            ) from error
     return dict(found) if isinstance(found, dict) else {str(found.split or 'train'): found}
 
 # %% ../../nbs/01j_hub.ipynb #4d725f5a

@@ -53,6 +53,7 @@ class Comparison:
     lr: float = 5e-4  # peak learning rate
     root: str | None = None  # where the data set of the task is, as in `load_pairs`
     columns: str | None = None  # which column of it is which, as in `load_pairs`
+    skip_unreadable: bool = False  # leave out pictures that cannot be decoded
     repair: bool = False  # solve output weights anew before each recovery
     images_repaired: int = 1000  # train images that repair looks at
 
@@ -165,7 +166,8 @@ class Material:
         "Pairs of a task, empty: of the comparison's, kept in memory"
         name = name or self.task
         if (name, split, n) not in self.loaded:
-            self.loaded[name, split, n] = load_pairs(name, split, n, **self.data)
+            some = dict(self.data, skip_unreadable=self.shared.skip_unreadable)
+            self.loaded[name, split, n] = load_pairs(name, split, n, **some)
         return self.loaded[name, split, n]
 
     def train_pairs(
