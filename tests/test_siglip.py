@@ -22,7 +22,7 @@ from mope_clip.clip.timm import SiglipShape, know_siglip
 from mope_clip.data import synth_pairs
 from mope_clip.evaluate import cost, retrieval
 from mope_clip.metrics import mope, mope_plain
-from mope_clip.pruners import export_hf, plan, trim_vocabulary
+from mope_clip.pruners import export_hf, export_open_clip, plan, trim_vocabulary
 
 SAID = ['a red square', 'a blue square left of a red square']
 
@@ -300,6 +300,14 @@ def test_what_is_uneven_is_refused_layer_by_layer(clip, tmp_path):
         with pytest.raises(ValueError, match=r'vision layer 2 has 2 of 4 heads.*servable=True'):
             export_hf(small, tmp_path / 'model', pad)
     assert not (tmp_path / 'model').exists()
+
+
+def test_open_clip_is_not_given_what_it_could_not_load(clip, tmp_path):
+    "In this process timm has learnt the name; in a user's it has not"
+    with pytest.raises(ValueError, match='open_clip alone knows no vision tower of that name'):
+        export_open_clip(clip, tmp_path / 'made')
+    assert not (tmp_path / 'made').exists()
+    export_open_clip(small_clip('ViT-B-32'), tmp_path / 'made')
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from ..clip.folders import in_precision
 from ..clip.layouts import even
 from ..clip.readme import LOAD_HF, LOAD_SIGLIP, readme
 from ..clip.siglip import is_siglip, to_siglip
+from ..clip.timm import SIGLIP_NAME
 from ..clip.to_hugging_face import hf_config_and_weights, preprocess_to_hf
 from ..clip.tokenizers import quiet_transformers
 from ..clip.tokens import write_tokenizer
@@ -68,7 +69,17 @@ def export_open_clip(
     pad: bool = False,  # fill removed heads and neurons with zeros
     dtype: torch.dtype = torch.float32,  # how weights are stored
 ):
-    "Write a folder for open_clip's `create_model_and_transforms('local-dir:...')` and tokenizer"
+    """Write a folder for open_clip's `create_model_and_transforms('local-dir:...')` and tokenizer
+
+    `ValueError` names what does not fit into open_clip's configuration.
+    """
+    trunk = clip.config['model_cfg'].get('vision_cfg', {}).get('timm_model_name')
+    refuse(
+        SIGLIP_NAME.fullmatch(str(trunk)),
+        'This model was read from a Hugging Face SiglipModel, and open_clip alone knows no vision '
+        'tower of that name: write it for Hugging Face (export_hf, --format hf), or keep the '
+        'folder of clip.save.',
+    )
     save_open_clip(plain(clip, pad), folder, dtype)
 
 # %% ../../nbs/05i_formats.ipynb #efaca21c
