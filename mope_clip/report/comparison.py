@@ -44,6 +44,7 @@ class Comparison:
     images_chosen: int = 2000  # validation images for choices, where there are several draws
     images_evaluated: int = 1000  # test images
     pairs: int = 5120  # pairs seen by each recovery
+    pairs_masks: int = 5120  # pairs seen by a search for masks
     times_scratch: int = 4  # how many times as many a model from scratch sees
     points: int = 1  # of each learning curve
     z: str = 'mean_recall'  # what MoPE measures

@@ -92,6 +92,8 @@ class Road:
         "The scores of a model by the method's metric"
         options = dict(groups=self.shared.groups, z=self.shared.z, towers=list(self.towers))
         metric = self.method.metric
+        if metric == 'masks':
+            options |= dict(pairs_seen=self.shared.pairs_masks, batch=self.shared.batch)
         self.tables.append(self.bench.scores(clip, metric, self.seed, **options, **more))
         return self.tables[-1]
 
