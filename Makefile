@@ -6,13 +6,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: finetune test reports families clean
+.PHONY: finetune test test-gpu reports families clean
 
 finetune: $(STAMP)
 	$(BIN)/python -m mope_clip.cli run 20_finetune -p task $(TASK)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n $(WORKERS) --dist worksteal
+
+# on a machine with a card: what is skipped elsewhere
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest tests -q -m gpu
 
 reports: $(STAMP)
 	$(BIN)/python -m mope_clip.cli report --all
