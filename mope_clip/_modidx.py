@@ -1864,6 +1864,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mope_clip.report.bench': { 'mope_clip.report.bench.Measuring': ('bench.html#measuring', 'mope_clip/report/bench.py'),
                                         'mope_clip.report.bench.Measuring.contributions': ( 'bench.html#measuring.contributions',
                                                                                             'mope_clip/report/bench.py'),
+                                        'mope_clip.report.bench.Measuring.recalls': ( 'bench.html#measuring.recalls',
+                                                                                      'mope_clip/report/bench.py'),
                                         'mope_clip.report.bench.Measuring.rows': ('bench.html#measuring.rows', 'mope_clip/report/bench.py'),
                                         'mope_clip.report.bench.Planning': ('bench.html#planning', 'mope_clip/report/bench.py'),
                                         'mope_clip.report.bench.Planning.best_by_ranks': ( 'bench.html#planning.best_by_ranks',
