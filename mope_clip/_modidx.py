@@ -380,6 +380,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'mope_clip.clip.siglip.cfg_from_siglip': ('siglip.html#cfg_from_siglip', 'mope_clip/clip/siglip.py'),
                                        'mope_clip.clip.siglip.config_layers': ('siglip.html#config_layers', 'mope_clip/clip/siglip.py'),
                                        'mope_clip.clip.siglip.from_siglip': ('siglip.html#from_siglip', 'mope_clip/clip/siglip.py'),
+                                       'mope_clip.clip.siglip.is_named_here': ('siglip.html#is_named_here', 'mope_clip/clip/siglip.py'),
                                        'mope_clip.clip.siglip.is_siglip': ('siglip.html#is_siglip', 'mope_clip/clip/siglip.py'),
                                        'mope_clip.clip.siglip.not_in_timm': ('siglip.html#not_in_timm', 'mope_clip/clip/siglip.py'),
                                        'mope_clip.clip.siglip.open_clip_model': ('siglip.html#open_clip_model', 'mope_clip/clip/siglip.py'),
