@@ -90,7 +90,8 @@ def greedy_search(
     orders = Orders(teacher, scores)
     prices = prices_of(orders, kind, embeddings)
     share = budget if budget <= 1 else budget / whole_of(orders, kind, embeddings)
-    refuse_too_little(prices.of(Moves(orders, prices, share).smallest()), share, kind, embeddings)
+    smallest = Moves(orders, prices, share).smallest()
+    refuse_too_little(prices.of(smallest), share, kind, embeddings)
     fitted, judging = split_pairs(pairs, calibration, how)
     task = ScoringTask(teacher, judging, how.z, captions=how.captions)
     look = Calibration(images=how.fitted, captions=how.captions)
@@ -103,6 +104,8 @@ def greedy_search(
 
     with closing(progress):
         levels = run.walk(share, tell)
+    if prices.of(levels) > share + 1e-9:  # where nothing is left to be taken away singly
+        levels = smallest
     fitness, _ = judge.evaluate(levels)
     log(f'Z {fitness:.2f} after {run.evaluations} candidates.')
     spec = orders.spec(levels)
