@@ -137,6 +137,52 @@ def test_another_teacher_is_made_once_and_kept(tiny, tmp_path, monkeypatch, caps
     assert 'seed 2 are made now' in capsys.readouterr().out
 
 
+def test_other_teachers_of_other_tasks_are_refused_before_an_hour_is_spent(monkeypatch):
+    from mope_clip.report import replicates
+
+    monkeypatch.setattr(replicates, 'run_notebook', lambda *args: pytest.fail('trained'))
+    with pytest.raises(ValueError, match='made for openmoji alone'):
+        replicates.seeded_teacher(1, 'openmoji-street')
+
+
+# ---------------------------------------------------------------- replicates
+
+
+def test_recalls_are_those_of_every_metric_by_itself(tiny, tmp_path):
+    bench = bench_of(tiny, tmp_path)
+    quick, slow = bench.recalls(tiny), bench.contributions(tiny)
+    assert quick['R@1'] == pytest.approx((slow['TR@1'] + slow['IR@1']) / 2)
+    assert quick['mean recall'] == pytest.approx(slow['mean_recall'])
+
+
+def test_a_replicate_learns_from_scenes_of_its_own(tiny, tmp_path, monkeypatch):
+    from mope_clip.report.roads import Bench
+
+    seen = []
+    recover = Bench.recover
+
+    def noted(self, clip, pairs, seed, **more):
+        seen.append(more['seen'])
+        return recover(self, clip, pairs, seed, **more)
+
+    monkeypatch.setattr(Bench, 'recover', noted)
+    bench = bench_of(tiny, tmp_path, first_pair=1000)
+    bench.compress('random', 'half width, 3/4 depth')
+    assert seen == [1000, 1008]
+
+
+def test_a_fresh_model_has_a_scale_of_its_own(tiny):
+    import torch
+
+    from mope_clip.report.roads import from_scratch
+
+    taught = tiny.copy()
+    with torch.no_grad():
+        taught.model.logit_scale.fill_(3.5)
+    assert from_scratch(taught).model.logit_scale == tiny.model.logit_scale
+    assert from_scratch(taught, ('text',)).model.logit_scale == 3.5
+
+
 # ---------------------------------------------------------------- one interval
 
 

@@ -379,7 +379,7 @@ def test_the_verdict_on_a_claim_is_that_of_its_deciding_rule(toy):
     assert 'Deciding rule' in first.get_text() and not first.find_parent('details')
     assert other.get_text().strip() == '\N{EN DASH} not tested: nobody looked. Toy & co'
     assert other.find_parent('details').summary.get_text() == (
-        '1 more rules speak to it: \N{EN DASH} not tested: 1'
+        'Other rules that speak to it: \N{EN DASH} not tested: 1'
     ), "'faster' is no evidence on this claim"
     assert three.find('img')['src'] == '80_toy/recall.png'
     assert 'Not run yet: Later.' in three.get_text() and 'Not run yet: Later.' in five.get_text()

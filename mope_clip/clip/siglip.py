@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENDS', 'MODULES', 'TIMM_BLOCK', 'STEMS', 'BLOCKS', 'QKV', 'ACTS', 'siglip_names', 'translated', 'shapes_in',
            'not_in_timm', 'parse_siglip', 'cfg_from_siglip', 'open_clip_model', 'from_siglip', 'config_layers',
-           'is_siglip', 'act_of', 'with_projection', 'siglip_config_of', 'to_siglip']
+           'is_siglip', 'is_named_here', 'act_of', 'with_projection', 'siglip_config_of', 'to_siglip']
 
 # %% ../../nbs/02fc_siglip.ipynb #0512e34d
 import math
@@ -23,7 +23,7 @@ from mope_clip.clip.convert import (
     Converted,
     mlp_ratio,
 )
-from .timm import SiglipShape
+from .timm import SIGLIP_NAME, SiglipShape
 from .weights import check_weights, dropped
 from .whole import at_hand
 from ..data.files import in_one_sentence, refuse
@@ -245,6 +245,14 @@ def is_siglip(
     "Whether a model has a vision tower of timm with an attention pooler"
     vision = model_cfg.get('vision_cfg') or {}
     return 'timm_model_name' in vision and vision.get('timm_pool') == 'map'
+
+
+def is_named_here(
+    model_cfg: dict,  # open_clip's
+) -> bool:
+    "Whether timm knows the vision tower only after this library has told it what it is"
+    name = (model_cfg.get('vision_cfg') or {}).get('timm_model_name')
+    return bool(SIGLIP_NAME.fullmatch(str(name)))
 
 
 def act_of(module: nn.Module) -> str:

@@ -15,8 +15,7 @@ from ..clip import TOWERS, Clip, save_open_clip, shape_of
 from ..clip.folders import in_precision
 from ..clip.layouts import even
 from ..clip.readme import LOAD_HF, LOAD_SIGLIP, readme
-from ..clip.siglip import is_siglip, to_siglip
-from ..clip.timm import SIGLIP_NAME
+from ..clip.siglip import is_named_here, is_siglip, to_siglip
 from ..clip.to_hugging_face import hf_config_and_weights, preprocess_to_hf
 from ..clip.tokenizers import quiet_transformers
 from ..clip.tokens import write_tokenizer
@@ -73,9 +72,8 @@ def export_open_clip(
 
     `ValueError` names what does not fit into open_clip's configuration.
     """
-    trunk = clip.config['model_cfg'].get('vision_cfg', {}).get('timm_model_name')
     refuse(
-        SIGLIP_NAME.fullmatch(str(trunk)),
+        is_named_here(clip.config['model_cfg']),
         'This model was read from a Hugging Face SiglipModel, and open_clip alone knows no vision '
         'tower of that name: write it for Hugging Face (export_hf, --format hf), or keep the '
         'folder of clip.save.',

@@ -39,7 +39,7 @@ from mope_clip.distill import (
     teacher_for,
     train,
 )
-from ..evaluate import cost, encode_captions, encode_images, owners
+from ..evaluate import cost, encode_captions, encode_images, owners, ranks
 from ..metrics import HITS, ScoringTask, contributions, score_by
 from ..pruners import plan, plan_width, repair, search
 from .comparison import RANKS, Comparison, Kept, Material
@@ -238,6 +238,40 @@ class Measuring(Recovering):
             images, texts = encode_images(clip, data['image']), encode_captions(clip, captions)
             owner = owners(captions)
             return {z: contributions(z, images, texts, owner).numpy() for z in HITS}
+
+        def save(found, place):
+            write_atomic(place.with_suffix('.npz'), lambda f: np.savez(f, **found))
+
+        def load(place):
+            with np.load(place.with_suffix('.npz')) as arrays:
+                return dict(arrays)
+
+        return self.kept.take(place, make, save, load)
+
+    def recalls(
+        self,
+        model: Clip | Training,
+        name: str = '',  # of a task; empty: the comparison's
+        split: str = 'test',
+    ) -> dict[str, np.ndarray]:  # 'R@1', the mean of both directions, and 'mean recall' -> (n,)
+        "What each image contributes to recall, per cent, from one look at all ranks, kept"
+        clip, name = clip_of(model), name or self.task
+        data = self.tested(name, split)
+        place = self.place('recalls', clip, name, split, fingerprint(data))
+
+        def make(work):
+            captions = captions_of(data)
+            images, texts = encode_images(clip, data['image']), encode_captions(clip, captions)
+            owner = owners(captions)
+            of_images, of_texts = (r.cpu().numpy() for r in ranks(images, texts, owner))
+
+            def recall(k: int) -> np.ndarray:
+                # an image with many captions counts for more, as in the recall of all captions
+                right = np.bincount(owner.cpu(), of_texts < k, len(of_images))
+                return 50 * ((of_images < k) + right * len(of_images) / len(of_texts))
+
+            each = {k: recall(k) for k in (1, 5, 10)}
+            return {'R@1': each[1], 'mean recall': sum(each.values()) / 3}
 
         def save(found, place):
             write_atomic(place.with_suffix('.npz'), lambda f: np.savez(f, **found))

@@ -45,6 +45,7 @@ class Comparison:
     images_evaluated: int = 1000  # test images
     pairs: int = 5120  # pairs seen by each recovery
     pairs_masks: int = 5120  # pairs seen by a search for masks
+    first_pair: int = 0  # how many pairs lie before those that the first recovery sees
     times_scratch: int = 4  # how many times as many a model from scratch sees
     points: int = 1  # of each learning curve
     z: str = 'mean_recall'  # what MoPE measures

@@ -265,7 +265,7 @@ def rules_html(lines: list[str], counted: str) -> str:
     "The rules that speak to a claim beside the one that decides, folded"
     if not lines:
         return ''
-    summary = f'{len(lines)} more rules speak to it: {counted}'
+    summary = f'Other rules that speak to it: {counted}'
     rules = f'<ul class="plain">{"".join(lines)}</ul>'
     return f'<details><summary>{summary}</summary>{rules}</details>\n'
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..clip import Clip, load_clip
-from ..data.files import cache_dir
+from ..data.files import cache_dir, refuse
 from ..distill import embedded_teacher
 from .comparison import Interval
 from .runner import run_notebook
@@ -60,9 +60,14 @@ def seeded_teacher(
     seed: int,  # 0: the one that comes with the repository
     task: str = '',  # 'openmoji'; empty: the zero-shot teacher
 ) -> Clip:
-    "An embedded teacher of another seed, made now where it is not in the cache"
+    "An embedded teacher of another seed, made now where it is not in the cache; `ValueError`"
     if seed == 0:
         return embedded_teacher(task)
+    refuse(
+        task not in ('', 'openmoji'),
+        f'Teachers of other seeds are made for openmoji alone, not for {task!r}: '
+        'take teachers=1, or name a model.',
+    )
     home = teacher_home(seed)
     name = f'teacher-{task}' if task else 'teacher'
     if not (home / 'teachers.json').is_file():

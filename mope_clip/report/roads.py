@@ -56,12 +56,13 @@ def from_scratch(
     towers: tuple = TOWERS,
     seed: int = 0,
 ) -> Clip:
-    "A copy of a model with random weights in these towers: the start of an encoder of one's own"
+    """A copy of a model with random weights in these towers: the start of an encoder of one's own;
+    the scale of the logits is that of the model where one tower stays"""
     copy, fresh = clip.copy(), build_clip(clip.config, clip.tokenizer, seed).model.state_dict()
 
     def is_new(name: str) -> bool:
         tower = 'vision' if name.startswith('visual.') else 'text'
-        return name != 'logit_scale' and tower in towers
+        return set(TOWERS) <= set(towers) if name == 'logit_scale' else tower in towers
 
     own = copy.model.state_dict()
     copy.model.load_state_dict({k: fresh[k] if is_new(k) else v for k, v in own.items()})
@@ -108,6 +109,7 @@ class Road:
     def recover(self, clip: Clip, pairs_seen: int, **more) -> Clip:
         "The model after one recovery more"
         seed = self.seed + len(self.trained)
+        more['seen'] = more.get('seen', 0) + self.shared.first_pair
         if self.shared.repair and not more.get('alone'):
             clip = self.bench.repaired(clip)
         points = self.shared.points
