@@ -345,3 +345,12 @@ def test_two_processes_agree_and_end_by_themselves(tmp_path):
     launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     found = run(*launcher, tmp_path / 'parting.py', PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
     assert found.returncode == 0, found.stderr[-3000:]
+
+
+def test_a_bar_of_another_library_is_no_output_to_keep():
+    "A widget has another identity every time it is rendered, and shows nothing without a kernel"
+    from mope_clip.report.runner import is_noise
+
+    widget = {'application/vnd.jupyter.widget-view+json': {}, 'text/plain': 'Writing: 0%|'}
+    assert is_noise(dict(output_type='display_data', data=widget))
+    assert not is_noise(dict(output_type='display_data', data={'text/plain': '42'}))

@@ -134,6 +134,8 @@ def is_noise(
     data = output.get('data', {})
     if 'TqdmWarning' in ''.join(output.get('text', '')):
         return True
+    if any('widget' in kind for kind in data):  # a bar of somebody else's, another every time
+        return True
     html = ''.join(data.get('text/html', '-'))
     if '<progress' in html or 'progress {' in html or not html.strip():
         return True
