@@ -1873,6 +1873,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'mope_clip/report/bench.py'),
                                         'mope_clip.report.bench.Planning.searched': ( 'bench.html#planning.searched',
                                                                                       'mope_clip/report/bench.py'),
+                                        'mope_clip.report.bench.Planning.taken_away': ( 'bench.html#planning.taken_away',
+                                                                                        'mope_clip/report/bench.py'),
                                         'mope_clip.report.bench.Ranked': ('bench.html#ranked', 'mope_clip/report/bench.py'),
                                         'mope_clip.report.bench.Recovering': ('bench.html#recovering', 'mope_clip/report/bench.py'),
                                         'mope_clip.report.bench.Recovering.load_model': ( 'bench.html#recovering.load_model',
