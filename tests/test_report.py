@@ -615,6 +615,20 @@ def test_a_run_does_not_go_on_from_pieces_of_other_code(toy_repo, capsys):
     assert not (work / 'piece').exists() and (work / 'results.json').is_file()
 
 
+def test_a_run_from_before_a_parameter_was_there_is_made_anew(toy_repo, capsys):
+    from mope_clip.report.runner import report
+
+    toy_template(toy_repo)
+    report('90_toy')
+    results = toy_repo / 'runs' / '90_toy-full' / 'results.json'
+    run = json.loads(results.read_text(encoding='utf-8'))
+    del run['parameters']['task']
+    results.write_text(json.dumps(run), encoding='utf-8')
+    report('90_toy')
+    assert 'an earlier run had task None and is not used' in capsys.readouterr().out
+    assert 'task' in json.loads(results.read_text(encoding='utf-8'))['parameters']
+
+
 def test_reports_of_the_old_schema_are_read_and_are_stale(toy_repo):
     from mope_clip.report import write_index, write_page
     from mope_clip.report.provenance import why_stale

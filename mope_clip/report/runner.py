@@ -233,7 +233,8 @@ def report(
     if odd:
         print(f'{name}: {odd[0]} changed since an earlier run, which is not used.', flush=True)
         shutil.rmtree(work)
-    elif others := differing(parameters_of_run(work), given):
+    defaults = {key: p.default for key, p in Template(name).parameters.items()}
+    if others := differing(parameters_of_run(work), {**defaults, **given}):
         print(f'{name}: an earlier run had {others[0]} and is not used.', flush=True)
         shutil.rmtree(work)
     run_notebook(name, work / f'{name}.ipynb', {**given, 'out_dir': str(work)})
