@@ -77,19 +77,6 @@ def test_a_walk_is_kept(tiny, tmp_path, monkeypatch):
         bench.searched(table, dict(macs=0.6), evaluations=4)
 
 
-def test_what_greedy_search_leaves_is_kept_and_within_the_budget(tiny, tmp_path, monkeypatch):
-    from mope_clip.clip import whole_spec
-    from mope_clip.evaluate import spec_cost
-    from mope_clip.report import bench as room
-
-    bench = bench_of(tiny, tmp_path, images_scored=12)
-    table, macs = bench.scores(tiny, groups=2), spec_cost(tiny, whole_spec(tiny))['macs']
-    found = bench.taken_away(table, dict(macs=0.6))
-    assert spec_cost(tiny, found)['macs'] <= 0.6 * macs
-    monkeypatch.setattr(room, 'greedy_search', None)
-    assert bench.taken_away(table, dict(macs=0.6)) == found
-
-
 # ---------------------------------------------------------------- from scratch, by courses
 
 

@@ -42,7 +42,6 @@ from mope_clip.distill import (
 from ..evaluate import cost, encode_captions, encode_images, owners, ranks
 from ..metrics import HITS, ScoringTask, contributions, score_by
 from ..pruners import plan, plan_width, repair, search
-from ..pruners.greedy import greedy_search
 from .comparison import RANKS, Comparison, Kept, Material
 from .provenance import fingerprint
 from .templates import repo_root
@@ -368,25 +367,6 @@ class Planning(Measuring):
             spec = search(self.teacher, table, self.held_out, **options)
             spec.provenance['search']['seconds'] = time.time() - began
             return spec
-
-        def save(spec, place):
-            save_spec(spec, place.with_suffix('.spec.json'))
-
-        return self.kept.take(place, make, save, lambda p: read_spec(p.with_suffix('.spec.json')))
-
-    def taken_away(
-        self,
-        table: pd.DataFrame,  # scores of the teacher: the order of heads and neurons
-        budget: dict,  # of `greedy_search`: macs= or params=
-    ) -> PruneSpec:
-        "What is left when one unit goes after the other, always the cheapest, kept"
-        order = hashlib.sha256(table.score.to_numpy().tobytes()).hexdigest()
-        seen = fingerprint(self.held_out), fingerprint(self.calibration)
-        place = self.place('greedy', self.teacher, order, budget, *seen)
-
-        def make(work):
-            options = dict(calibration=self.calibration, judged=len(self.held_out), log=None)
-            return greedy_search(self.teacher, table, self.held_out, **budget, **options)
 
         def save(spec, place):
             save_spec(spec, place.with_suffix('.spec.json'))
