@@ -191,10 +191,12 @@ def test_a_search_killed_in_its_descent_goes_on(clip, scores, tmp_path, monkeypa
     with pytest.raises(RuntimeError):
         search(clip, scores, PAIRS, macs=0.5, folder=tmp_path, **ENOUGH)
     (kept,) = tmp_path.glob('search-*.json')
-    assert json.loads(kept.read_text(encoding='utf-8'))['descent'], 'it was under way'
+    cut = json.loads(kept.read_text(encoding='utf-8'))
+    assert cut['descent'], 'it was under way'
     again = search(clip, scores, PAIRS, macs=0.5, folder=tmp_path, **ENOUGH)
     assert (again.vision, again.text) == (whole.vision, whole.text)
     assert again.provenance['search']['evaluations'] == 60
+    assert json.loads(kept.read_text(encoding='utf-8'))['seconds'] > cut['seconds'] > 0
 
 
 def test_stopped_in_its_descent_it_takes_what_is_best_within_the_budget(clip, scores, monkeypatch):

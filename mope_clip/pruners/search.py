@@ -44,6 +44,7 @@ class Walk:
     fitness: float
     evaluations: int = 0
     history: list = field(default_factory=list)  # (evaluations, best fitness) where it rose
+    seconds: float = 0.0  # that it took, also before it was cut off
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,7 @@ class SearchRun:
             fitness=self.at.fitness,
             evaluations=self.at.evaluations,
             history=self.at.history,
+            seconds=self.at.seconds,
             rng=self.rng.getstate(),
             starts=self.starts,
             descent=self.descent and self.descent.state(),
@@ -250,13 +252,13 @@ class SearchRun:
             self.starts[name] = fitness
             if best is None or fitness > best[0]:
                 best = fitness, levels, states
-        seconds = (time.time() - began) / len(plans)
+        spent = time.time() - began
         fitness, levels, self.judge.states = best
-        self.at = Walk(levels, fitness, 0, [(0, fitness)])
+        self.at = Walk(levels, fitness, 0, [(0, fitness)], spent)
         self.log(
             f'{len(plans)} plans by ranks, repaired; the best has Z {fitness:.2f}. '
             f'{self.how.evaluations} candidates follow, at most '
-            f'{self.how.evaluations * seconds:.0f} s on this machine.'
+            f'{self.how.evaluations * spent / len(plans):.0f} s on this machine.'
         )
 
     def new_descent(self, units: int = 1) -> Descent:
@@ -298,12 +300,14 @@ class SearchRun:
 
     def walk(self):
         "Steps until the candidates or the minutes are spent; Ctrl-C takes the best so far"
-        began, first = time.time(), self.at.evaluations
+        first, before = self.at.evaluations, self.at.seconds
+        began = time.time()
         progress = Progress(self.how.evaluations - first, 'search')
         with closing(progress):
             try:
                 while self.at.evaluations < self.how.evaluations:
                     self.one_look() if self.descent else self.one_step()
+                    self.at.seconds = before + time.time() - began
                     progress.update(self.at.evaluations - first, f'Z {self.at.fitness:.2f}')
                     if self.how.minutes and time.time() - began > 60 * self.how.minutes:
                         break
@@ -311,6 +315,7 @@ class SearchRun:
                 self.log('Stopped: the best so far is taken.')
         if self.descent:
             self.land()
+        self.save()
         self.log(f'Z {self.at.fitness:.2f} after {self.at.evaluations} candidates.')
 
     def one_step(self):
