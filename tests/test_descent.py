@@ -219,3 +219,31 @@ def test_stopped_in_its_descent_it_takes_what_is_best_within_the_budget(clip, sc
 def test_every_tower_keeps_something(clip, scores):
     spec = search(clip, scores, PAIRS, macs=0.13, **ENOUGH)
     assert all(shape_of(prune(clip, spec)).values())
+
+
+def test_a_descent_that_cannot_reach_the_budget_is_not_taken(clip, scores):
+    "Without layers in the table none may be emptied, and the rest of each costs more than this"
+    table = scores[scores.module != 'layer']
+    table.attrs.update(scores.attrs)
+    spec = search(clip, table, PAIRS, macs=0.3, **ENOUGH)
+    assert cost(prune(clip, spec))['macs'] <= 0.3 * cost(clip)['macs'] + 1
+
+
+def test_where_nothing_is_left_to_go_a_look_ends_the_descent(clip, scores):
+    "A judge that likes small models best, so that only the budget speaks against the descent"
+    import random
+
+    from mope_clip.pruners.moves import Moves
+    from mope_clip.pruners.search import SearchRun, SearchSettings
+
+    orders = Orders(clip, scores)
+    prices = prices_of(orders, 'macs', embeddings=True)
+    least = prices.of(Moves(orders, prices, 1.0).smallest())
+    moves = Moves(orders, prices, least + 1e-3, depth=0.0)
+    run = SearchRun(Worth(lambda levels: 1.0), moves, random.Random(0), SearchSettings(100), print)
+    run.begin({})
+    run.judge.of = lambda levels: 50.0 - moves.prices.of(levels)
+    run.prepare_descent()
+    while run.descent:
+        run.one_look()
+    assert moves.fits(run.at.levels) and run.at.fitness == 1.0

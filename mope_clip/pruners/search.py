@@ -279,24 +279,26 @@ class SearchRun:
         "One candidate of the descent, which ends where it is within the budget"
         self.descent.one_look()
         self.at.evaluations = self.descent.evaluations
-        if self.moves.fits(self.descent.levels):
+        if self.moves.fits(self.descent.levels) or not self.descent.queue:
             self.land()
         self.save()
 
     def land(self):
-        "Stand where the descent ends, if that is better than the best plan by ranks"
+        "Stand where the descent ends, if that is within the budget and better than any ranks"
         descent, self.descent = self.descent, None
         descent.hurry(self.moves.budget)
-        towers = list(self.moves.orders.towers)
-        levels = self.moves.spend(descent.levels, towers, self.rng)
-        fitness, states = self.judge.evaluate(levels)
-        self.starts['descent'] = fitness
-        self.log(f'The descent has Z {fitness:.2f} after {self.at.evaluations} candidates.')
-        if fitness > self.at.fitness:
-            self.at.levels, self.at.fitness, self.judge.states = levels, fitness, states
-            self.at.history.append((self.at.evaluations, fitness))
-        else:
-            _, self.judge.states = self.judge.evaluate(self.at.levels)
+        if self.moves.fits(descent.levels):
+            towers = list(self.moves.orders.towers)
+            levels = self.moves.spend(descent.levels, towers, self.rng)
+            fitness, states = self.judge.evaluate(levels)
+            self.starts['descent'] = fitness
+            self.log(f'The descent has Z {fitness:.2f} after {self.at.evaluations} candidates.')
+            if fitness > self.at.fitness:
+                self.at.levels, self.at.fitness, self.judge.states = levels, fitness, states
+                self.at.history.append((self.at.evaluations, fitness))
+                return
+        # the towers that the judge remembers are those of the descent
+        _, self.judge.states = self.judge.evaluate(self.at.levels)
 
     def walk(self):
         "Steps until the candidates or the minutes are spent; Ctrl-C takes the best so far"
@@ -306,7 +308,10 @@ class SearchRun:
         with closing(progress):
             try:
                 while self.at.evaluations < self.how.evaluations:
-                    self.one_look() if self.descent else self.one_step()
+                    if self.descent:
+                        self.one_look()
+                    else:
+                        self.one_step()
                     self.at.seconds = before + time.time() - began
                     progress.update(self.at.evaluations - first, f'Z {self.at.fitness:.2f}')
                     if self.how.minutes and time.time() - began > 60 * self.how.minutes:
