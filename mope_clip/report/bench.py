@@ -365,7 +365,8 @@ class Planning(Measuring):
             options = dict(**budget, **look, seed=seed, **settings)
             spec = search(self.teacher, table, self.held_out, **options)
             (walked,) = Path(work).glob('search-*.json')  # it knows the time before a cut, too
-            spec.provenance['search']['seconds'] = json.loads(walked.read_text())['seconds']
+            kept = json.loads(walked.read_text(encoding='utf-8'))
+            spec.provenance['search']['seconds'] = kept['seconds']
             return spec
 
         def save(spec, place):
