@@ -222,6 +222,34 @@ def test_with_one_teacher_the_draws_decide():
     assert found.found == pytest.approx((0.95, low, high)) and np.isnan(found.teachers)
 
 
+def test_teachers_that_agree_by_chance_do_not_hide_the_draws():
+    from scipy.stats import t
+
+    from mope_clip.report.replicates import replicated
+
+    draws = np.array([[-1.0, 0.0, 1.0], [1.0, 0.0, -1.0]])  # both means are 0
+    found = replicated(np.broadcast_to(draws[:, :, None], (2, 3, 50)))
+    assert found.teachers == 0 and found.freedom == pytest.approx(4)
+    assert found.found.high == pytest.approx(t.ppf(0.975, 4) * (1 / 6) ** 0.5)
+
+
+def test_a_model_that_diverges_learns_again_at_a_lower_rate():
+    from mope_clip.report.replicates import surviving
+
+    asked, said = [], []
+
+    def make(rate):
+        asked.append(rate)
+        if rate > 0.25:
+            raise FloatingPointError('no number')
+        return 'learned'
+
+    assert surviving(make, 1.0, said.append) == 'learned' and asked == [1, 0.5, 0.25]
+    assert len(said) == 2 and said[1].endswith('0.25 is tried.')
+    with pytest.raises(FloatingPointError):
+        surviving(make, 2.0, said.append)
+
+
 def test_nothing_differs_where_nothing_does():
     from mope_clip.report.replicates import replicated
 
