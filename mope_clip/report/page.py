@@ -204,6 +204,7 @@ def provenance_rows(entry: Entry) -> dict[str, str]:
     executed = was.get('functions') or {}
     return {
         'commit': (was['commit'][:10] or 'none') + dirty,
+        'hash of its rules and code': was.get('template_hash', ''),
         'date': was.get('date', ''),
         'wall time of the last run': f'{was["wall_time"] / 60:.1f} minutes on {was["cpus"]} cores, '
         f'{was["threads"]} threads',
