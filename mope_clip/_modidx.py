@@ -1145,6 +1145,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'mope_clip/distill/losses.py'),
                                           'mope_clip.distill.losses.matched_layers': ( 'losses.html#matched_layers',
                                                                                        'mope_clip/distill/losses.py'),
+                                          'mope_clip.distill.losses.named_weights': ( 'losses.html#named_weights',
+                                                                                      'mope_clip/distill/losses.py'),
                                           'mope_clip.distill.losses.soft_cross_entropy': ( 'losses.html#soft_cross_entropy',
                                                                                            'mope_clip/distill/losses.py')},
             'mope_clip.distill.masks': { 'mope_clip.distill.masks.Gate': ('masks.html#gate', 'mope_clip/distill/masks.py'),

@@ -41,6 +41,7 @@ from mope_clip.distill.forward import CachedTeacher, Forward, Teacher
 from mope_clip.distill.loop import fit, optimizer_step, training_step
 from mope_clip.distill.losses import (
     LOSSES,
+    PUBLISHED,
     FeatLoss,
     HiddenLoss,
     LossContext,
@@ -193,6 +194,19 @@ def test_embedding_loss_of_halves_is_in_the_mean_that_of_the_whole():
 
 TEACHER_HIDDEN = [torch.full((1, 2, 3), float(layer)) for layer in range(3)]
 STUDENT_HIDDEN = [TEACHER_HIDDEN[0], TEACHER_HIDDEN[2]]
+
+
+def test_hidden_states_weigh_nothing_unless_the_published_losses_are_asked_for():
+    from mope_clip.distill.losses import named_weights
+
+    assert Recipe(64).weights == dict(itc=1, sim=1, feat=1000)
+    assert Recipe(64, weights=PUBLISHED).weights == dict(itc=1, sim=1, feat=1000, hidn=1)
+    for repaired in (True, False):
+        assert named_weights('published', repaired) == PUBLISHED
+        assert named_weights('three', repaired)['hidn'] == 0
+        assert named_weights('auto', repaired)['hidn'] == (not repaired)
+    with pytest.raises(ValueError, match="losses are auto, three or published, not 'all'"):
+        named_weights('all', True)
 
 
 def test_hidden_loss_is_summed_over_layers_and_towers():
@@ -1009,7 +1023,7 @@ def test_progress_is_switched_off_by_the_environment_and_in_other_processes(monk
 
 # -- the loop
 
-RECIPE = Recipe(pairs_seen=96, batch=8, lr=1e-3)  # 12 steps
+RECIPE = Recipe(pairs_seen=96, batch=8, lr=1e-3, weights=PUBLISHED)  # 12 steps
 
 
 @pytest.fixture(scope='module')
@@ -1456,7 +1470,7 @@ def test_with_a_cache_the_run_is_the_same(trained, pruned, squares, tmp_path):
     [
         (dict(stage='both'), ValueError, "not 'both'"),
         (dict(temperature=2.0), TypeError, 'temperature'),
-        (dict(cache='.'), ValueError, 'leave out cache'),
+        (dict(cache='.', weights=PUBLISHED), ValueError, 'leave out cache'),
         (dict(weights=dict(hidden=1.0)), ValueError, "no loss 'hidden'"),
     ],
 )

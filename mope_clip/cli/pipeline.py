@@ -187,6 +187,8 @@ def distill_arguments(parser: argparse.ArgumentParser):
     add('--pairs-seen', type=int, help=f'budget in image-text pairs; {of_stage}')
     add('--batch', type=int, help=f'pairs a step; {of_stage}')
     add('--lr', type=float, help=f'peak learning rate; {of_stage}')
+    text = "'published': the paper's four; 'three' (the default): without that on hidden states"
+    add('--losses', default='three', choices=('three', 'published'), help=text)
     add('--seed', type=int, default=0, help='of the order and of the captions')
     add('--every', type=int, default=50, help='steps between two lines of the log')
     text = 'pairs a forward in each process, so that less memory is needed'
@@ -229,6 +231,7 @@ def distill(options: argparse.Namespace) -> str:
     from mope_clip.data.parallel import processes
     from mope_clip.distill import distill as recover
     from mope_clip.distill import teacher_for
+    from mope_clip.distill.losses import named_weights
 
     check_out(options.out, model=options.model, teacher=options.teacher)
     check_weights(options.teacher, options.teacher_pretrained, '--teacher-pretrained')
@@ -241,6 +244,7 @@ def distill(options: argparse.Namespace) -> str:
     pairs = stream_pairs(options.task, options.split, **where, seed=options.seed)
     given = {name: getattr(options, name) for name in SETTINGS}
     settings = {name: value for name, value in given.items() if value is not None}
+    settings['weights'] = named_weights(options.losses, repaired=True)
     run = Path(options.out).with_name(Path(options.out).name + '-run')
     recovered = recover(
         student, teacher, pairs, options.stage, folder=run, every=options.every, **settings

@@ -29,7 +29,7 @@ class Recipe:
     pairs_seen: int  # image-text pairs in all
     batch: int = 64  # pairs a step, over all processes
     seed: int = 0  # of the choice of captions, of the order and of patch dropout
-    weights: dict = field(default_factory=WEIGHTS.copy)  # key of `LOSSES` -> weight
+    weights: dict = field(default_factory=WEIGHTS.copy)  # key of `LOSSES` -> weight; or `PUBLISHED`
     freeze_scale: bool = False  # keep the logit scale, and the bias where there is one
     # how the weights are changed
     optimizer: str = 'adamw'  # or 'muon', for training from scratch

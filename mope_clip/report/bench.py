@@ -39,6 +39,7 @@ from mope_clip.distill import (
     teacher_for,
     train,
 )
+from ..distill.losses import named_weights
 from ..evaluate import cost, encode_captions, encode_images, owners, ranks
 from ..metrics import HITS, ScoringTask, contributions, score_by
 from ..pruners import plan, plan_width, repair, search
@@ -84,7 +85,8 @@ class Scoring(Material):
     @property
     def settings(self) -> dict:
         "Of `Recipe`, for every recovery"
-        return dict(batch=self.shared.batch, lr=self.shared.lr)
+        weights = named_weights(self.shared.losses, self.shared.repair)
+        return dict(batch=self.shared.batch, lr=self.shared.lr, weights=weights)
 
     def place(self, kind: str, clip: Clip, *made_of) -> Path:
         "Where something made of a model is kept"

@@ -57,6 +57,7 @@ class Comparison:
     columns: str | None = None  # which column of it is which, as in `load_pairs`
     skip_unreadable: bool = False  # leave out pictures that cannot be decoded
     repair: bool = False  # solve output weights anew before each recovery
+    losses: str = 'auto'  # of a recovery, as in `named_weights`
     images_repaired: int = 1000  # train images that repair looks at
 
 # %% ../../nbs/07g_comparison.ipynb #fd5f56cd

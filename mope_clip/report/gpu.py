@@ -29,7 +29,7 @@ from ..data import stream_pairs
 from ..data.files import write_atomic
 from ..distill import distill
 from ..distill.batches import Batches
-from ..distill.losses import LossContext, MopeLoss
+from ..distill.losses import PUBLISHED, LossContext, MopeLoss
 from ..evaluate import ranks, tower_macs
 from ..metrics.engine import LayerInputs, features_without
 from ..pruners.repair import repair_towers
@@ -272,7 +272,7 @@ def distilling(scale: Scale) -> dict:
     peak_memory(scale.device)
     took = short_loop(student.copy(), teacher, feed, steps, scale.device)
     out['short loop'] = dict(pairs_per_second=n * steps / took, bytes=peak_memory(scale.device))
-    machine_of = dict(batch=n, lr=1e-4, precision='bf16', workers=4)
+    machine_of = dict(batch=n, lr=1e-4, precision='bf16', workers=4, weights=PUBLISHED)
     forms = dict(whole={}, micro=dict(micro=n // 4), again=dict(checkpoint_activations=True))
     for form, setting in forms.items():
         given = dict(pairs_seen=n * steps, log=say_nothing, **machine_of, **setting)
