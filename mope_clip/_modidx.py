@@ -2224,7 +2224,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'mope_clip.report.readme.claim_rows': ('readme.html#claim_rows', 'mope_clip/report/readme.py'),
                                          'mope_clip.report.readme.evidence': ('readme.html#evidence', 'mope_clip/report/readme.py'),
                                          'mope_clip.report.readme.fill_own': ('readme.html#fill_own', 'mope_clip/report/readme.py'),
-                                         'mope_clip.report.readme.findings': ('readme.html#findings', 'mope_clip/report/readme.py'),
                                          'mope_clip.report.readme.first_row': ('readme.html#first_row', 'mope_clip/report/readme.py'),
                                          'mope_clip.report.readme.holds_all': ('readme.html#holds_all', 'mope_clip/report/readme.py'),
                                          'mope_clip.report.readme.is_readable': ('readme.html#is_readable', 'mope_clip/report/readme.py'),

@@ -711,13 +711,14 @@ def test_fields_name_claims_costs_and_times(with_readme):
         readme_field('90_toy|claims|half;third')
 
 
-def test_a_stale_finding_says_so(with_readme):
-    from mope_clip.report.readme import findings
+def test_a_stale_claim_says_so(with_readme):
+    from mope_clip.report.readme import readme_field
 
-    (with_readme / 'nbs' / '90_toy.yaml').write_text('findings: [rest]\n', encoding='utf-8')
-    assert '| not told apart | none' in findings()
+    assert '| not told apart | none' in readme_field('90_toy|claims|rest')
     write_notebook(with_readme / 'nbs' / '90_toy.ipynb', prose('# Toy'), code('x = 1'))
-    assert '| not told apart (stale: its code changed since) | none' in findings()
+    assert '| not told apart (stale: its code changed since) | none' in readme_field(
+        '90_toy|claims|rest'
+    )
 
 
 @pytest.mark.parametrize(

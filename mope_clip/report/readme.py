@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHOWN_OF_ORIGIN', 'FIELD', 'reports_dir', 'is_readable', 'report_names', 'results_of', 'holds_all', 'first_row',
            'Fields', 'fill_own', 'PaperClaim', 'paper_claims', 'evidence', 'speaking', 'Answer', 'answers',
-           'claim_rows', 'findings', 'claim_line', 'readme_field', 'readme_text', 'write_checked', 'write_readme']
+           'claim_rows', 'claim_line', 'readme_field', 'readme_text', 'write_checked', 'write_readme']
 
 # %% ../../nbs/07k_readme.ipynb #c0f895bb
 import json
@@ -232,12 +232,6 @@ def claim_rows(
     return '\n'.join(f'| {link} | {verdict} | {text} |' for verdict, text in said)
 
 
-def findings() -> str:
-    "The rows of all reports that were run and name their findings"
-    named = {name: Template(name).declared.get('findings', []) for name in report_names(ran=True)}
-    return '\n'.join(claim_rows(name, ids) for name, ids in named.items() if ids)
-
-
 def claim_line(number: int, found: dict[int, Answer]) -> str:
     "A claim with its answer, as an item of a list"
     short = paper_claims()[number].short
@@ -252,8 +246,6 @@ def readme_field(field: str) -> str:
     "What a field of the README becomes"
     if field == 'claims':
         return '\n'.join(claim_line(number, answers()) for number in paper_claims())
-    if field == 'findings':
-        return findings()
     name, *parts = field.split('|')
     if results_of(name) is None:
         return '(not run yet)'

@@ -99,7 +99,7 @@ def parameters_in(
     }
 
 # %% ../../nbs/07a_templates.ipynb #ff662060
-ABOUT_RULES = ('rules', 'claims', 'figure', 'findings')  # keys that are no scale
+ABOUT_RULES = ('rules', 'claims', 'figure')  # keys that are no scale
 
 
 @dataclass(frozen=True)
