@@ -327,6 +327,7 @@ def test_new_templates_save_figures_by_their_report(toy):
 
 def test_a_report_on_the_page_has_figure_verdicts_command_and_files(toy):
     from mope_clip.report.page import article_html, entries, provenance_html
+    from mope_clip.report.provenance import template_hash
     from mope_clip.report.readme import results_of
 
     article = soup_of(article_html(entries()[0]))
@@ -346,6 +347,7 @@ def test_a_report_on_the_page_has_figure_verdicts_command_and_files(toy):
     (toy / 'reports' / '80_toy' / 'results.json').write_text(json.dumps(results), encoding='utf-8')
     dated = provenance_html(entries()[0])
     assert '2026-11-24' in dated and 'not committed' in dated
+    assert template_hash('80_toy') in dated
     restate(toy)
     assert 'its notebook or its rules changed' in provenance_html(entries()[0])
 
