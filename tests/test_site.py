@@ -178,6 +178,7 @@ def test_a_dollar_in_code_stays_one():
 def test_a_missing_package_is_named():
     from mope_clip.report.render import exporter
 
+    exporter.cache_clear()
     with (
         patch.dict('sys.modules', latex2mathml=None),
         pytest.raises(ImportError, match=r"pip install 'mope_clip\[dev\]'"),
