@@ -413,6 +413,14 @@ def test_recovery_goes_on_from_where_it_was_stopped(pruned):
     assert 'resumed at step 2 of 2' in done(f'{DISTILL} student')
 
 
+def test_losses_and_optimizer_are_options_of_recovery(pruned):
+    ways = '', '--losses published', '--optimizer muon'
+    for number, way in enumerate(ways):
+        done(f'{DISTILL} student-{number} {way}')
+    students = [loaded(pruned, f'student-{number}') for number in range(len(ways))]
+    assert len({weights_hash(student) for student in students}) == len(ways)
+
+
 def test_of_several_processes_the_first_writes_the_model(pruned, monkeypatch):
     second = World(rank=1, size=2)
     monkeypatch.setattr('mope_clip.data.parallel.processes', lambda device: second)

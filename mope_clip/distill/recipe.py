@@ -32,7 +32,7 @@ class Recipe:
     weights: dict = field(default_factory=WEIGHTS.copy)  # key of `LOSSES` -> weight; or `PUBLISHED`
     freeze_scale: bool = False  # keep the logit scale, and the bias where there is one
     # how the weights are changed
-    optimizer: str = 'adamw'  # or 'muon', for training from scratch
+    optimizer: str = 'adamw'  # or 'muon', for training from scratch and for more of a recovery
     lr: float = 1e-3  # peak learning rate
     warmup: float = 0.1  # share of the steps
     final: float = 0.0  # learning rate at the end, as a share of the peak
