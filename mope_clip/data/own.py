@@ -109,7 +109,12 @@ def kind_of(
     is_pattern = not path.exists() and re.search(r'[{*]', text)
     if '://' in text or is_pattern or path.suffix == '.tar':
         return 'shards'
-    refuse(not path.exists(), f'{place} does not exist.', FileNotFoundError)
+    refuse(
+        not path.exists(),
+        f'{place} does not exist: check the path; a set of your own is a folder, a table or '
+        'shards (data/README.md says which).',
+        FileNotFoundError,
+    )
     if path.is_file():
         is_one = path.suffix == '.parquet' or is_table(path, columns)
         refuse(
