@@ -175,6 +175,23 @@ def test_a_dollar_in_code_stays_one():
     assert 'http' not in one.replace('http://www.w3.org/1998/Math/MathML', '')
 
 
+@pytest.mark.parametrize(
+    'fence, language, coloured',
+    [('python title="x"', 'python', True), ('nosuch"x', 'nosuch"x', False)],
+)
+def test_the_first_word_of_a_fence_is_its_language(fence, language, coloured):
+    import nbformat
+
+    from mope_clip.report.render import exporter
+
+    cell = nbformat.v4.new_markdown_cell(f'```{fence}\ndef f(): pass\n```')
+    page = exporter().from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))[0]
+    block = soup_of(page).find('div', 'highlight')
+    assert block['class'] == ['highlight', f'hl-{language}']
+    assert block.get_text().strip() == 'def f(): pass'
+    assert (block.find('span', 'k') is not None) == coloured
+
+
 def test_a_missing_package_is_named():
     from mope_clip.report.render import exporter
 

@@ -187,7 +187,8 @@ def coloured(
     from pygments import highlight
     from pygments.formatters import HtmlFormatter
 
-    html = highlight(source, lexer_of(language), HtmlFormatter(cssclass=f'highlight hl-{language}'))
+    style = HtmlFormatter(cssclass=f'highlight hl-{language}')
+    html = highlight(source, lexer_of(language), style)
     return html.replace('<pre><span></span>', '<pre>', 1)
 
 # %% ../../nbs/07l_render.ipynb #699c53c9
@@ -206,7 +207,8 @@ def exporter():
 
     class Formulas(IPythonRenderer):
         def block_code(self, code, info=None):
-            return coloured(code, info) if info else super().block_code(code)
+            language = (info or '').split()[:1]  # what follows is a title
+            return coloured(code, *language) if language else super().block_code(code)
 
         def inline_math(self, body):
             return mathml(body)
