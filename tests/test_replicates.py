@@ -254,3 +254,75 @@ def test_nothing_differs_where_nothing_does():
     from mope_clip.report.replicates import replicated
 
     assert replicated(np.zeros((3, 5, 10))).found == (0, 0, 0)
+
+
+# ---------------------------------------------------------------- what a teacher has said
+
+
+def taught_by(tiny, student, pairs, **settings):
+    from mope_clip.clip import weights_hash
+    from mope_clip.distill import distill
+
+    made = distill(student, tiny, pairs, pairs_seen=12, batch=4, log=lambda _: None, **settings)
+    return weights_hash(made.clip)
+
+
+def half_of(tiny):
+    from mope_clip.clip import prune
+    from mope_clip.metrics import score_by
+    from mope_clip.pruners import plan_width
+
+    return prune(tiny, plan_width(score_by('magnitude', tiny, None, 0, groups=2), 0.5))
+
+
+@pytest.mark.parametrize('weights', ['auto', 'published'])
+def test_a_remembered_teacher_teaches_the_same_bit_for_bit(tiny, monkeypatch, weights):
+    from mope_clip.data import synth_pairs
+    from mope_clip.distill.forward import Teacher
+    from mope_clip.distill.losses import named_weights
+    from mope_clip.report.replicates import remembered
+
+    pairs, student = synth_pairs(12), half_of(tiny)
+    settings = dict(weights=named_weights(weights, False))
+    usual = taught_by(tiny, student, pairs, **settings)
+    asked, ask = [], Teacher.__call__
+
+    def count(self, *args, **options):
+        asked.append(1)
+        return ask(self, *args, **options)
+
+    monkeypatch.setattr(Teacher, '__call__', count)
+    with remembered():
+        assert taught_by(tiny, student, pairs, **settings) == usual
+        assert taught_by(tiny, student, pairs, **settings) == usual
+        assert len(asked) == 3, 'three batches, each asked once for both recoveries'
+        taught_by(tiny, student, pairs, seed=1, **settings)
+        assert len(asked) == 6, 'another order is another batch'
+    assert Teacher.__call__ is count, 'outside all is as it was'
+
+
+def test_a_full_memory_keeps_what_it_has(tiny):
+    import torch
+
+    from mope_clip.distill.forward import Teacher
+    from mope_clip.report.replicates import remembered
+
+    ids, images = torch.tensor([[1, 2]]), torch.zeros(1, 3, 32, 32)
+    with remembered(room=0):
+        first, again = (Teacher(tiny)(images, ids) for _ in range(2))
+    assert first['dist_image_features'] is not again['dist_image_features']
+
+
+def test_who_is_told_again_depends_on_the_teacher_too(tiny):
+    import torch
+
+    from mope_clip.distill.forward import Teacher
+    from mope_clip.report.code import Recorder
+    from mope_clip.report.replicates import remembered
+
+    ids, images = torch.tensor([[1, 2]]), torch.zeros(1, 3, 32, 32)
+    with remembered():
+        Teacher(tiny)(images, ids)
+        with Recorder() as recorder:
+            Teacher(tiny)(images, ids)
+    assert 'mope_clip.distill.forward.Teacher.__call__' in recorder.functions()

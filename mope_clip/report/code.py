@@ -10,6 +10,7 @@ __all__ = ['ROOMS', 'BOOKKEEPING', 'Wordless', 'wordless', 'named', 'used', 'Mod
 # %% ../../nbs/07c_code.ipynb #4464b7f9
 import ast
 import hashlib
+import inspect
 import sys
 import threading
 from contextlib import contextmanager
@@ -231,6 +232,11 @@ class Recorder:
         code = frame.f_code
         if code.co_filename.startswith(self.prefix):
             self.codes[id(code)] = code
+
+    def note(self, function):
+        "Count a function as entered"
+        code = inspect.unwrap(function).__code__
+        self.codes[id(code)] = code
 
     def start(self) -> 'Recorder':
         "Begin, unless another tracer listens"
