@@ -157,7 +157,8 @@ READ_AT_IMPORT = 'HF_', 'TORCH', 'TRANSFORMERS_', 'OMP_', 'MKL_'
 
 
 def read_at_import(env):
-    return {name: value for name, value in env.items() if name.startswith(READ_AT_IMPORT)}
+    own = 'TORCHINDUCTOR_CACHE_DIR'  # PyTorch writes it itself, and reads it when it compiles
+    return {k: v for k, v in env.items() if k.startswith(READ_AT_IMPORT) and k != own}
 
 
 class Server:
