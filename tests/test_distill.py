@@ -864,6 +864,39 @@ def test_beside_muon_adamw_takes_half_of_the_rate(tiny):
     assert rates == [0.02, 0.01, 0.01, 0.01]
 
 
+MUON = (3.4445, -4.775, 2.0315), 5, 1e-7  # coefficients, steps and least norm, of torch.optim.Muon
+
+
+@pytest.mark.parametrize('shape', [(48, 16), (16, 48), (32, 32)])
+def test_muon_in_single_precision_is_muon(shape):
+    from mope_clip.distill.recipe import single_on_cpu
+
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    exact = single_on_cpu(None)(matrix, *MUON)
+    in_half = torch.optim._muon._zeropower_via_newtonschulz(matrix, *MUON).float()
+    assert exact.shape == matrix.shape
+    assert (exact - in_half).norm() < 0.03 * exact.norm()
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    inside = u.T @ exact @ v.T  # the iteration moves singular values alone
+    assert (inside - inside.diag().diag()).abs().max() < 1e-4
+
+
+def test_what_lies_elsewhere_than_on_the_cpu_is_left_to_pytorch():
+    from mope_clip.distill.recipe import single_on_cpu
+
+    asked = []
+    ours = single_on_cpu(lambda *args: asked.append(args))
+    ours(torch.zeros(2, 3, device='meta'), *MUON)
+    ours(torch.ones(2, 3), *MUON)
+    assert [args[0].device.type for args in asked] == ['meta']
+
+
+def test_a_processor_without_half_precision_gets_muon_in_single():
+    placed = torch.optim._muon._zeropower_via_newtonschulz
+    has_half = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert (placed.__module__ == 'mope_clip.distill.recipe') != has_half
+
+
 def test_a_frozen_parameter_is_in_no_group():
     frozen = tiny_clip()
     frozen.logit_scale.requires_grad_(False)

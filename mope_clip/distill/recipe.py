@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['MACHINERY', 'STAGES', 'Recipe', 'check_types', 'check_training', 'check_computing', 'settings_that_matter',
-           'learning_rate', 'kind_of', 'parameter_kinds', 'optimizers', 'set_learning_rate', 'WeightAverage']
+           'learning_rate', 'kind_of', 'parameter_kinds', 'optimizers', 'set_learning_rate', 'single_on_cpu',
+           'WeightAverage']
 
 # %% ../../nbs/06f_recipe.ipynb #b61324c3
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
 
 import torch
 import torch.nn as nn
+from torch.optim import _muon
 
 from ..clip import TOWERS, Clip
 from .losses import WEIGHTS, loss_weights
@@ -201,6 +203,30 @@ def set_learning_rate(optimizers: list, rate: float):
     for nth, optimizer in enumerate(optimizers):
         for group in optimizer.param_groups:
             group['lr'] = rate / (1 + nth)
+
+# %% ../../nbs/06f_recipe.ipynb #b2d8f002
+def single_on_cpu(
+    in_half: Callable,  # PyTorch's own
+) -> Callable:  # in its place
+    "Muon's Newton-Schulz iteration, in single precision for what lies on the CPU"
+
+    def orthogonalise(grad, ns_coefficients, ns_steps, eps):
+        if grad.device.type != 'cpu':
+            return in_half(grad, ns_coefficients, ns_steps, eps)
+        a, b, c = ns_coefficients
+        is_tall = grad.size(0) > grad.size(1)
+        x = grad.float().T if is_tall else grad.float()
+        x = x / x.norm().clamp(min=eps)
+        for _ in range(ns_steps):
+            gram = x @ x.T
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x.T if is_tall else x
+
+    return orthogonalise
+
+
+if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    _muon._zeropower_via_newtonschulz = single_on_cpu(_muon._zeropower_via_newtonschulz)
 
 # %% ../../nbs/06f_recipe.ipynb #f96fe322
 class WeightAverage:
