@@ -275,7 +275,7 @@ def half_of(tiny):
     return prune(tiny, plan_width(score_by('magnitude', tiny, None, 0, groups=2), 0.5))
 
 
-@pytest.mark.parametrize('weights', ['auto', 'published'])
+@pytest.mark.parametrize('weights', ['three', 'published'])  # without hidden states, and with
 def test_a_remembered_teacher_teaches_the_same_bit_for_bit(tiny, monkeypatch, weights):
     from mope_clip.data import synth_pairs
     from mope_clip.distill.forward import Teacher
@@ -326,3 +326,22 @@ def test_who_is_told_again_depends_on_the_teacher_too(tiny):
         with Recorder() as recorder:
             Teacher(tiny)(images, ids)
     assert 'mope_clip.distill.forward.Teacher.__call__' in recorder.functions()
+
+
+def test_another_question_is_answered_anew(tiny):
+    import torch
+
+    from mope_clip.distill.forward import Teacher
+    from mope_clip.report.replicates import remembered
+
+    ids, images = torch.tensor([[1, 2]]), torch.zeros(1, 3, 32, 32)
+    with remembered():
+        first = Teacher(tiny)(images, ids)['dist_image_features']
+        others = [
+            Teacher(tiny)(images + 1, ids),
+            Teacher(tiny)(images, ids + 1),
+            Teacher(tiny)(images, ids, hidden=True),
+            Teacher(tiny.copy())(images, ids),
+        ]
+        assert Teacher(tiny)(images, ids)['dist_image_features'] is first
+    assert all(answer['dist_image_features'] is not first for answer in others)
