@@ -303,22 +303,24 @@ class Shards:
     def rows(self, lane: Lane, place: Place, pool: Executor | None = None) -> Iterator[Row]:
         "The rows of a lane, epoch after epoch, from a place on"
         epoch, first, start, taken = place.epoch, place.shard, place.row, place.taken
-        whole = not (first or start or taken)  # a resumed epoch may be taken up at its end
+        empty = set()  # shards: every epoch gives a lane others
         while lane.epochs is None or epoch < lane.epochs:
             mine = permutation(len(self.shards), lane.seed, epoch)[lane.index :: lane.of]
-            any_now = False
             for k in range(first, len(mine)):
-                for block in self.blocks(self.shards[mine[k]], start, pool):
-                    order = permutation(len(block), lane.seed, epoch, int(mine[k]), start)
+                shard, has_rows = int(mine[k]), bool(start)
+                for block in self.blocks(self.shards[shard], start, pool):
+                    has_rows = True
+                    order = permutation(len(block), lane.seed, epoch, shard, start)
                     for i in order[taken:]:
-                        any_now = True
                         taken += 1
                         yield Row(*block[i], Place(epoch, k, start, taken))
                     start, taken = start + len(block), 0
-                start = 0
-            if whole and not any_now:
-                return  # these shards are empty, and reading them again would find nothing
-            epoch, first, whole = epoch + 1, 0, True
+                start = taken = 0
+                if not has_rows:
+                    empty.add(shard)
+            if len(empty) == len(self.shards):
+                return  # reading them again would find nothing
+            epoch, first = epoch + 1, 0
 
     def pair(self, row: dict | Exception) -> dict:
         if isinstance(row, Exception):
