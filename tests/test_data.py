@@ -570,7 +570,7 @@ def test_an_unknown_suite_or_split_is_refused():
 
 
 def test_an_unknown_task_is_answered_with_the_known_ones():
-    known = ', '.join([*TASKS, *KARPATHY])
+    known = ', '.join([*TASKS, *KARPATHY, 'cc3m'])
     with pytest.raises(ValueError, match=f"Unknown task 'cocoa': choose one of {known}[.]"):
         load_pairs('cocoa', 'test')
     with pytest.raises(ValueError, match="Unknown task 'cc4m'"):

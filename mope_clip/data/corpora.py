@@ -142,6 +142,8 @@ def _report(known: dict) -> str:
         said += '; none missing, none unreadable'
     else:
         said += '; none missing, not decoded'
+    if known.get('mute'):
+        said += f'; left out for having no .txt: {known["mute"]:,}'
     splits = ', '.join(f'{name} {n:,}' for name, n in known['splits'].items())
     return '; '.join(filter(None, (said, f'on disk: {splits}', known['label'])))
 

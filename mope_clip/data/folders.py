@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from .corpora import SPLIT_NAMES, checked, few
 from .files import as_dataset, data_dir, refuse
 from .pictures import is_data
+from .splits import split_named
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
 # %% ../../nbs/01k_folders.ipynb #50f6e8f9
 def _split_folder(base: Path, split: str) -> Path:
     "Where the class folders of a split lie; `FileNotFoundError` says where to put them"
-    for name in SPLIT_NAMES[split]:
-        if (base / name).is_dir():
-            return base / name
-    has_splits = any((base / name).is_dir() for names in SPLIT_NAMES.values() for name in names)
-    if base.is_dir() and not has_splits and split == 'test':
+    inside = sorted(base.iterdir()) if base.is_dir() else []
+    named = {path: split_named(path.name) for path in inside if path.is_dir()}
+    usual = [base / name for name in SPLIT_NAMES[split]]
+    found = [path for path in (*usual, *named) if named.get(path) == split]
+    if found:
+        return found[0]
+    if base.is_dir() and not any(named.values()) and split == 'test':
         return base
     wrong = 'does not exist'
     if base.is_dir():
@@ -95,6 +98,9 @@ def load_folder(
     from datasets import ClassLabel
     from open_clip import OPENAI_IMAGENET_TEMPLATES
 
+    words = ', '.join(SPLIT_NAMES)
+    refuse(split not in SPLIT_NAMES, f'Unknown split {split!r}: it is one of {words}.')
+    refuse(n is not None and n < 1, f'n is the number of images, at least 1, not {n}.')
     base = Path(root or (data_dir() / task if task == 'imagenet' else task)).expanduser()
     folder = _split_folder(base, split)
     files = _files_of_classes(folder)

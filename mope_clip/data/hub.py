@@ -7,7 +7,6 @@ __all__ = ['is_hf', 'open_hf', 'load_hf']
 
 # %% ../../nbs/01j_hub.ipynb #8f25d769
 import glob
-import re
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,9 +15,10 @@ from typing import TYPE_CHECKING
 
 from .columns import pick, sentences
 from .corpora import SPLIT_NAMES, checked, few
-from .files import first_line, refuse
+from .files import digest, first_line, refuse
 from .network import hub_at_once
 from .pictures import is_data
+from .splits import split_named
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,12 +42,12 @@ def is_hf(
 
 def _files_by_split(place: Path) -> dict:  # split -> files
     "The Parquet files of a place whose name `datasets` would take for a pattern"
-    words = [word for words in SPLIT_NAMES.values() for word in words]
     files = [place] if place.is_file() else sorted(place.rglob('*.parquet'))
     by_split = {}
     for file in filter(is_data, files):
-        said = re.findall('[a-z]+', file.stem.lower())
-        split = next((word for word in words if word in said), 'train')
+        inside = file.relative_to(place).parts[:-1] if file != place else ()
+        said = (split_named(name) for name in (file.stem, *reversed(inside)))
+        split = next(filter(None, said), 'train')
         by_split.setdefault(split, []).append(glob.escape(str(file)))
     return by_split
 
@@ -124,9 +124,19 @@ def _rows_of_split(parts: dict, split: str, all_parts: bool) -> 'Dataset':
     "All rows in which a split may be; where a column names the split, those of all parts"
     from datasets import concatenate_datasets
 
-    wanted = [data for name, data in parts.items() if all_parts or name in SPLIT_NAMES[split]]
+    wanted = [data for name, data in parts.items() if all_parts or split_named(name) == split]
     nothing = next(iter(parts.values())).select([])
     return concatenate_datasets(wanted or [nothing])
+
+
+def _with_pictures(data: 'Dataset', column: object) -> 'Dataset':
+    "The same set, with a column of bytes as pictures: who writes Parquet may not say what they are"
+    from datasets import Image, Value
+
+    kind = data.features.get(column) if isinstance(column, str) else None
+    is_bytes = isinstance(kind, Value) and kind.dtype in ('binary', 'large_binary')
+    is_record = isinstance(kind, dict) and 'bytes' in kind
+    return data.cast_column(column, Image()) if is_bytes or is_record else data
 
 
 def _value(root: str | Path, k: int, row: dict, column: object) -> object:
@@ -149,25 +159,34 @@ def _captions(root: str | Path, k: int, row: dict, column: object) -> list:
         raise ValueError(f'{root}, row {k}: {error}.') from None
 
 
-def _texts(root: str | Path, rows: list, columns: dict) -> 'Dataset':
+def _ids_of(data: 'Dataset', image: str) -> list:  # of str
+    "A name for every picture, from its bytes: it stays when rows are added"
+    from datasets import Image
+
+    raw = data.select_columns(image).cast_column(image, Image(decode=False))
+    pictures = (row[image] or {} for row in raw)
+    return [f'{digest(p.get("bytes") or p.get("path")):016x}' for p in pictures]
+
+
+def _texts(root: str | Path, rows: list, columns: dict, ids: list | None) -> 'Dataset':
     "The first five captions and the id of every row, in columns captions and image_id"
     from datasets import Dataset, Features, List, Value
 
-    texts = dict(
-        captions=[_captions(root, k, row, columns['captions']) for k, row in enumerate(rows)],
-        image_id=[str(_value(root, k, row, columns.get('image_id'))) for k, row in enumerate(rows)],
-    )
+    if ids is None:
+        ids = [str(_value(root, k, row, columns.get('image_id'))) for k, row in enumerate(rows)]
+    captions = [_captions(root, k, row, columns['captions']) for k, row in enumerate(rows)]
     kinds = Features(captions=List(Value('string')), image_id=Value('string'))
-    return Dataset.from_dict(texts, features=kinds)
+    return Dataset.from_dict(dict(captions=captions, image_id=ids), features=kinds)
 
 
-def _refuse_one_row_a_caption(root: str | Path, image_ids: list):
+def _refuse_one_row_a_caption(root: str | Path, image_ids: list, named: bool):
     "`ValueError` where an image has several rows"
     twice = [image_id for image_id, n in Counter(image_ids).items() if n > 1]
+    otherwise = '' if named else ', unless a column `image_id` tells them apart'
     refuse(
         twice,
         f'{root} has several rows for one image ({few(twice)}): '
-        'a row must be an image with all of its captions.',
+        f'a row must be an image with all of its captions{otherwise}.',
     )
 
 # %% ../../nbs/01j_hub.ipynb #00bc92e0
@@ -191,9 +210,11 @@ def load_hf(
     )
     parts, named = open_hf(root), (columns or {}).get('split')
     data = _rows_of_split(parts, split, named or assign)
+    data = _with_pictures(data, (columns or {}).get('image'))
     image = _image_column(root, columns, data)
     rows = list(data.remove_columns(image))
-    texts = _texts(root, rows, columns)
+    with_ids = 'image_id' in columns
+    texts = _texts(root, rows, columns, _ids_of(data, image) if assign and not with_ids else None)
     image_ids = list(texts['image_id'])
     if named:
         splits = [str(_value(root, k, row, named)) for k, row in enumerate(rows)]
@@ -204,13 +225,13 @@ def load_hf(
     there = Counter(splits) if named else {name: len(part) for name, part in parts.items()}
     if assign:
         splits = assign(splits, image_ids)
-    keep = [i for i, name in enumerate(splits) if name in SPLIT_NAMES[split]][:n]
+    keep = [i for i, name in enumerate(splits) if split_named(name) == split][:n]
     refuse(
         not keep,
         f'{root} holds no image of the {split} split: it has {", ".join(map(str, there))}; '
         f'{" and ".join(SPLIT_NAMES[split])} would do.',
     )
-    _refuse_one_row_a_caption(root, [image_ids[i] for i in keep])
+    _refuse_one_row_a_caption(root, [image_ids[i] for i in keep], with_ids or not assign)
     pictures = data.select_columns(image)
     if image != 'image':
         pictures = pictures.rename_columns({image: 'image'})

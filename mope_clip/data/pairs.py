@@ -14,13 +14,21 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
 
-from .columns import IMG2DATASET
-from .corpora import KARPATHY, SPLIT_NAMES, about, load_karpathy
+from .columns import IMG2DATASET, check_columns
+from .corpora import KARPATHY, about, load_karpathy
 from .facts import draw_scene
 from .files import as_dataset, as_pairs, data_dir, digest, png, read_json, refuse
 from .folders import load_folder
 from .hub import is_hf, load_hf, open_hf
-from .own import kind_of, load_own, name_of, shards_of_split
+from mope_clip.data.own import (
+    OF_SHARDS,
+    Part,
+    holds_shards,
+    kind_of,
+    load_own,
+    name_of,
+    shards_of_split,
+)
 from mope_clip.data.scenes import (
     DEFAULT_IMAGES,
     SPLITS,
@@ -31,14 +39,29 @@ from mope_clip.data.scenes import (
     load_scenes,
     suites,
 )
-from .sources import Indexed, Shards, hf_source, scene_source, shards_of
-from .splits import in_split, lacking_of, only
+from .sources import Indexed, Shards, hf_source, scene_source
+from .splits import in_split, lacking_of, only, split_named
 from .streams import Stream
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 # %% ../../nbs/01n_pairs.ipynb #a1c0c007
+# corpora that are looked for in `data/<name>`, and how one gets them
+CORPORA: dict[str, str] = dict(
+    cc3m='fetch Train_GCC-training.tsv '
+    '(https://ai.google.com/research/ConceptualCaptions/download) '
+    'with img2dataset (output_format webdataset)'
+)
+
+
+def _how(task: str, place: str | Path) -> str:
+    "How to get a known corpus; '' of others"
+    if task not in CORPORA:
+        return ''
+    return f' {task}: {CORPORA[task]} and put the shards into {place}. More in data/README.md.'
+
+
 def _is_place(task: str, split: str, names: tuple) -> bool:
     "Whether a task is a folder, a pattern or a URL and no name; `ValueError` if neither"
     refuse(split not in SPLITS, f'Unknown split {split!r}: it is one of {", ".join(SPLITS)}.')
@@ -64,11 +87,12 @@ def _mapping(columns: dict | str | None) -> dict | None:
             isinstance(x, str) or callable(x) for x in found.values()
         )
         refuse(not named, wrong)
+    check_columns(found)
     return found
 
 
 def load_pairs(
-    task: str,  # one of `TASKS` or `KARPATHY`; or the place of a set of your own, as in `kind_of`
+    task: str | Path,  # of `TASKS`, `KARPATHY` or `CORPORA`; or where a set of your own is
     split: str,  # 'train', 'validation', 'test'; of an embedded task also 'final', to be read once
     n: int | None = None,  # images; None: `DEFAULT_IMAGES` scenes, all of a data set on disk
     root: str
@@ -81,13 +105,17 @@ def load_pairs(
     check: bool = True,  # decode every picture of a data set on disk once
 ) -> 'Dataset':  # with columns image, captions, image_id; `about` says what is known of it
     "Image-text pairs of a split; `FileNotFoundError` says what to get where a data set is missing"
+    task = str(task)
     is_final = split == 'final' and task in TASKS
-    names = *TASKS, *KARPATHY
+    names = *TASKS, *KARPATHY, *CORPORA
     is_place, columns = _is_place(task, 'test' if is_final else split, names), _mapping(columns)
     refuse(n is not None and n < 1, f'n is the number of images, at least 1, not {n}.')
     if task in TASKS:
         return load_scenes(task, split, n or DEFAULT_IMAGES[split])
-    if is_place:
+    if task in CORPORA and not root:
+        root = data_dir() / task
+        refuse(not root.exists(), f'{root} is not there.{_how(task, root)}', FileNotFoundError)
+    if is_place or task in CORPORA:
         return load_own(root or task, split, n, columns, skip_unreadable, check)
     has_its_file = root and (Path(root).expanduser() / KARPATHY[task].file).is_file()
     if columns or (is_hf(root) and not has_its_file):
@@ -96,31 +124,20 @@ def load_pairs(
     return load_karpathy(task, split, n, root, skip_unreadable, check)
 
 # %% ../../nbs/01n_pairs.ipynb #f192028f
-# corpora that are looked for in `data/<name>`, and how one gets them
-CORPORA: dict[str, str] = dict(
-    cc3m='fetch Train_GCC-training.tsv '
-    '(https://ai.google.com/research/ConceptualCaptions/download) '
-    'with img2dataset (output_format webdataset)'
-)
-
-
-def _shards(task: str, place: str | Path) -> list:
-    "The shards in a folder or of a pattern; `FileNotFoundError` says how to get a known corpus"
+def _shards(task: str, place: str | Path, split: str) -> Part:
+    "The shards of a split; `FileNotFoundError` says how to get a known corpus"
     try:
-        return shards_of(str(place))
+        return shards_of_split(place, split)
     except FileNotFoundError as error:
-        how = ''
-        if task in CORPORA:
-            how = (
-                f' {task}: {CORPORA[task]} and put the shards into {place}. More in data/README.md.'
-            )
-        raise FileNotFoundError(f'{error}{how}') from None
+        raise FileNotFoundError(f'{error}{_how(task, place)}') from None
 
 
 def _streamed_set(
     place: str | Path, split: str, columns: dict | None, block: int, apart: bool
 ) -> Shards:
     "A data set that `datasets` streams, as a source; `ValueError` where the mapping cannot be"
+    from datasets import concatenate_datasets
+
     columns = columns or {}
     refuse(
         not {'image', 'captions', 'image_id'} <= set(columns),
@@ -133,8 +150,9 @@ def _streamed_set(
         'Load them with load_pairs, or stream a set with splits of its own.',
     )
     parts = open_hf(str(place), streaming=True)
-    found = next((parts[name] for name in SPLIT_NAMES[split] if name in parts), None)
-    refuse(found is None, f'{place} has no {split} split: it has {", ".join(parts)}.')
+    found = [part for name, part in parts.items() if split_named(name) == split]
+    refuse(not found, f'{place} has no {split} split: it has {", ".join(parts)}.')
+    found = concatenate_datasets(found) if len(found) > 1 else found[0]
     if hasattr(found, '__len__'):  # read from disk as a whole
         found = found.to_iterable_dataset(num_shards=min(64, len(found)))
     source = hf_source(found, columns, block)
@@ -153,24 +171,24 @@ def corpus_source(
     apart: bool = False,  # leave out what `load_pairs` gives for splits that a set lacks
 ) -> Shards:
     "The source of a corpus: shards, or what `datasets` streams; `FileNotFoundError`, `ValueError`"
-    whole, folder = place, Path(str(place)).expanduser()
-    if folder.is_dir():
-        place = folder
-        if not is_hf(folder):
-            of_split = [folder / name for name in SPLIT_NAMES[split] if (folder / name).is_dir()]
-            place = folder = next(iter(of_split), folder)
-    if is_hf(place):
+    folder = Path(str(place)).expanduser()
+    is_folder = folder.is_dir()
+    in_shards = is_folder and holds_shards(folder)
+    if is_folder and not in_shards and not is_hf(folder):
+        inside = [path for path in sorted(folder.iterdir()) if split_named(path.name) == split]
+        place = next((path for path in inside if is_hf(path)), place)
+    if is_hf(place) and not in_shards:
         return _streamed_set(place, split, columns, block, apart)
+    check_columns(columns, *OF_SHARDS)
+    part, mapping = _shards(task, place, split), {**IMG2DATASET, **(columns or {})}
     refuse(
-        split != 'train' and folder.name not in SPLIT_NAMES[split] and folder.is_dir(),
+        is_folder and split not in ('train', split_named(folder.name), *part.there),
         f'{place} has no folder for the {split} split: shards without one are for training.',
         FileNotFoundError,
     )
-    mapping = {**IMG2DATASET, **(columns or {})}
-    source = Shards(_shards(task, place), columns=mapping, block=block)
-    lacking = shards_of_split(whole, split).lacking if apart else ()
-    if lacking:
-        source.read = only(source.read, in_split(lacking, split, mapping['image_id']))
+    source = Shards(part.shards, columns=mapping, block=block)
+    if apart and part.lacking:
+        source.read = only(source.read, in_split(part.lacking, split, mapping['image_id']))
     return source
 
 # %% ../../nbs/01n_pairs.ipynb #c9901ac6
@@ -195,8 +213,8 @@ def _in_memory(place: str | Path, columns: dict | None, apart: bool) -> bool:
 
 
 def stream_pairs(
-    task: str,  # as in `load_pairs`; or one of `CORPORA`, or where shards are, as in `shards_of`
-    split: str | None = None,  # None: 'train', and of a set without splits all
+    task: str | Path,  # as in `load_pairs`; or where shards are, as in `shards_of`
+    split: str | None = None,  # None: 'train'; of shards and sets that stream all that is there
     root: str | Path | None = None,  # as in `load_pairs`
     start: int = 0,  # first scene of an embedded task; means nothing for what is shuffled
     columns: dict | str | None = None,  # image, captions, image_id: as in `pick`; a dict or JSON
@@ -205,7 +223,7 @@ def stream_pairs(
     **settings: object,  # of `StreamSettings`: seed, lanes, workers, epochs, max_broken, ...
 ) -> Stream:  # pairs one by one, for ever; with `state_dict` and `load_state_dict`
     "Pairs one by one, for training: shuffled, shared by processes, resumable; nothing kept on disk"
-    apart, split = split is not None, split or 'train'
+    task, apart, split = str(task), split is not None, split or 'train'
     is_place = _is_place(task, split, (*TASKS, *KARPATHY, *CORPORA))
     columns, name = _mapping(columns), f'{name_of(task)} {split}'
     if task in TASKS:
@@ -226,7 +244,7 @@ FIRST_LABELLED = 10**9  # index of the first labelled scene
 
 
 def load_labelled(
-    suite: str,  # a name of `suites()`, 'imagenet', or a folder with one folder a class
+    suite: str | Path,  # a name of `suites()`, 'imagenet', or a folder with one folder a class
     split: str,  # 'validation' or 'test' ('train' works too)
     n: int | None = None,  # how many images; None: 1,000 of a suite, all of a folder
     root: str | Path | None = None,  # where ImageNet is; None: `data/imagenet`
@@ -234,7 +252,9 @@ def load_labelled(
     check: bool = True,  # decode every picture of a folder once
 ) -> 'Dataset':  # with columns image, label (a `ClassLabel`); prompts by `prompts_of`
     "Labelled images for zero-shot classification, the classes in turn; `ValueError` by name"
-    embedded = suites()
+    embedded, suite = suites(), str(suite)
+    refuse(split not in SPLITS, f'Unknown split {split!r}: it is one of {", ".join(SPLITS)}.')
+    refuse(n is not None and n < 1, f'n is the number of images, at least 1, not {n}.')
     if suite == 'imagenet':
         return load_folder(suite, split, n, root, skip_unreadable, check)
     if '/' in suite or (suite not in embedded and Path(suite).is_dir()):
@@ -244,7 +264,6 @@ def load_labelled(
         f'Unknown suite {suite!r}: choose one of {", ".join((*embedded, "imagenet"))}, '
         'or a folder with one folder a class.',
     )
-    refuse(split not in SPLITS, f'Unknown split {split!r}: it is one of {", ".join(SPLITS)}.')
     from datasets import ClassLabel
 
     asked, images, labels = embedded[suite], [], []

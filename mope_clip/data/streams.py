@@ -116,7 +116,8 @@ class Stream(torch.utils.data.IterableDataset):
 
     def state_dict(self) -> dict:
         "The place behind the last pair, in numbers and names"
-        return dict(self.now.plain(), of=[self.source.size, self.lanes, self.seed])
+        block = getattr(self.source, 'block', 0)
+        return dict(self.now.plain(), of=[self.source.size, self.lanes, self.seed], block=block)
 
     def load_state_dict(self, state: dict | list):
         "Go on from a place: of this process, or a list of all processes', whose number may differ"
@@ -148,6 +149,12 @@ def resumed(stream: Stream, states: list) -> StreamState:
         f'{stream.name}: the saved place is of {of} (shards or rows, lanes, seed), and this stream '
         f'has {mine["of"]}: use the same data and seed, and lanes={of[1]} (as many as were read '
         'from; the number of processes must divide it).',
+    )
+    block = first.get('block', mine['block'])  # what was saved before has none
+    refuse(
+        block != mine['block'],
+        f'{stream.name}: the saved place is in blocks of {block} rows, and this stream has blocks '
+        f'of {mine["block"]}: use block={block}.',
     )
     places = {lane: numbers for state in states for lane, numbers in state['lanes'].items()}
     refuse(
@@ -215,8 +222,9 @@ def pairs_in_turn(stream: Stream) -> Iterator:
     depth = max(1, 2 * stream.workers // max(1, len(mine)))
     begun = any(now.counts()) or now.rows or stream.start.lanes[mine[0]].place.epoch if mine else 1
     try:
+        # the next lane is the one that has given least: the lanes that have ended are left out
+        mine.sort(key=lambda lane: now.lanes[lane].seen - now.lanes[lane].broken)
         readers = deque(good_pairs(stream, lane, now, pool, depth) for lane in mine)
-        readers.rotate(-(now.rows // stream.world))
         while readers:
             reader = readers.popleft()
             for pair in itertools.islice(reader, 1):
