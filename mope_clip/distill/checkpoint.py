@@ -17,10 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..clip import Clip, weights_hash
+from ..clip import Clip
 from ..data.files import write_atomic
 from ..data.parallel import World
+from ..data.streams import own_stream
 from .recipe import Recipe, settings_that_matter
+from ..metrics.store import model_key
 
 # %% ../../nbs/06g_checkpoint.ipynb #74edbefe
 def identity_of(pairs) -> list:
@@ -46,15 +48,16 @@ def run_key(
     teacher: Clip | None = None,
     world: World | None = None,
 ) -> str:  # 16 hex digits
-    "Names a run by its first weights, its settings, its teacher, its first pair and its data"
+    "Names a run by its first model, its settings, its teacher, its first pair and its data"
     world, first = world or World(), None
     if world.main:  # a stream may give each process a first of its own
-        row = next(iter(pairs))
+        row = next(iter(own_stream(pairs)))  # a look, which moves nothing
         about = json.dumps([row['captions'], identity_of(pairs)]).encode()
         first = hashlib.sha256(about + row['image'].tobytes()).hexdigest()
     first = world.share(first)
-    parts = [weights_hash(clip), json.dumps(settings_that_matter(recipe))]
-    parts += [weights_hash(teacher) if teacher else '', first]
+    parts = [model_key(clip), json.dumps(settings_that_matter(recipe))]
+    parts += [json.dumps([p.requires_grad for p in clip.model.parameters()])]
+    parts += [model_key(teacher) if teacher else '', first]
     return hashlib.sha256(''.join(parts).encode()).hexdigest()[:16]
 
 # %% ../../nbs/06g_checkpoint.ipynb #4f8c6a93

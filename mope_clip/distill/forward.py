@@ -18,10 +18,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..clip import Clip, weights_hash
+from ..clip import Clip
 from ..data.columns import captions_of
 from ..data.files import write_atomic
 from ..evaluate import encode_captions, encode_images
+from ..metrics.store import model_key
 
 # %% ../../nbs/06d_forward.ipynb #6e01f0e7
 def to_single(x: torch.Tensor) -> torch.Tensor:
@@ -103,9 +104,9 @@ def pictures_hash(
 
 
 def embeddings_key(teacher: Clip, pairs) -> str:
-    "16 hex digits for a teacher's weights and all pictures and captions of a data set"
+    "16 hex digits for a teacher and all pictures and captions of a data set"
     names = json.dumps([list(pairs['image_id']), list(pairs['captions'])])
-    made_of = weights_hash(teacher) + names + pictures_hash(pairs)
+    made_of = model_key(teacher) + names + pictures_hash(pairs)
     return hashlib.sha256(made_of.encode()).hexdigest()[:16]
 
 # %% ../../nbs/06d_forward.ipynb #ca167b36
@@ -128,7 +129,8 @@ class CachedTeacher:
         from safetensors.torch import load_file
 
         captions = captions_of(pairs)
-        self.path = Path(folder) / f'teacher-{embeddings_key(teacher, pairs)}.safetensors'
+        name = f'teacher-{embeddings_key(teacher, pairs)}.safetensors'
+        self.path = Path(folder).expanduser() / name
         if not self.path.is_file():
             log(
                 f'The teacher embeds {len(captions)} pictures and their captions once, '

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from ..clip import Clip, weights_hash
+from ..clip import Clip
 from ..data.files import write_atomic
 from ..data.parallel import World
+from ..metrics.store import model_key
 
 # %% ../../nbs/05da_solved.ipynb #984e8ec2
 def parameters_of(linear: nn.Module | nn.Parameter) -> dict:
@@ -39,7 +40,7 @@ class SolvedMaps:
         "Named by everything that decides a solution"
         if folder is None:
             return cls(None)
-        digest = hashlib.sha256((weights_hash(student) + weights_hash(teacher)).encode())
+        digest = hashlib.sha256((model_key(student) + model_key(teacher)).encode())
         digest.update(repr(asdict(how)).encode())
         for x in items.values():
             digest.update(x.cpu().contiguous().view(torch.uint8).numpy())
@@ -48,10 +49,14 @@ class SolvedMaps:
     def path(self, tower: str, part: str, k: int) -> Path:
         return self.folder / f'{self.key}-{tower}-{k}-{part}.safetensors'
 
+    def has(self, tower: str, part: str, k: int) -> bool:
+        "Whether a map was solved before"
+        return self.folder is not None and self.path(tower, part, k).is_file()
+
     @torch.no_grad()
     def load(self, tower: str, part: str, k: int, linear) -> dict | None:
         "Put kept weights into a map, and say what was found of it; None where none are kept"
-        if self.folder is None or not self.path(tower, part, k).is_file():
+        if not self.has(tower, part, k):
             return None
         from safetensors import SafetensorError, safe_open
 

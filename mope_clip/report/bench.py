@@ -26,7 +26,6 @@ from mope_clip.clip import (
     prune,
     read_spec,
     save_spec,
-    weights_hash,
 )
 from ..data import stream_pairs, suites
 from ..data.columns import captions_of
@@ -42,6 +41,7 @@ from mope_clip.distill import (
 from ..distill.losses import named_weights
 from ..evaluate import cost, encode_captions, encode_images, owners, ranks
 from ..metrics import HITS, ScoringTask, contributions, score_by
+from ..metrics.store import model_key
 from ..pruners import plan, plan_width, repair, search
 from .comparison import RANKS, Comparison, Kept, Material
 from .provenance import fingerprint
@@ -90,7 +90,7 @@ class Scoring(Material):
 
     def place(self, kind: str, clip: Clip, *made_of) -> Path:
         "Where something made of a model is kept"
-        base = [self.task, self.stage, self.data, weights_hash(self.teacher), weights_hash(clip)]
+        base = [self.task, self.stage, self.data, model_key(self.teacher), model_key(clip)]
         return self.kept.place(kind, base, *made_of)
 
     def scores(
