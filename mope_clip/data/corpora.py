@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from .columns import sentences
 from .files import as_pairs, data_dir, refuse
 from .pictures import unreadable
-from .progress import progress
+from .progress import progress, speaks
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -183,7 +183,7 @@ def checked(
     known |= dict(images=len(data), unreadable=list(bad), checked=check)
     known |= dict(label=_label(known))
     data.info.description = json.dumps(known)
-    if os.environ.get('RANK', '0') == '0':  # one of several processes speaks
+    if speaks():
         print(_report(known))
     return data
 

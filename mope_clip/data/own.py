@@ -252,10 +252,10 @@ def load_files(
     entries, pictures = _entries_of_files(place) if of_files else _entries_of_tables(place, columns)
     mute = len(_pictures_in(place)) - len(pictures) if of_files else 0
     ids = [entry['image_id'] for entry in entries]
-    twice = [image_id for image_id, count in Counter(ids).items() if count > 1]
-    refuse(twice, f'{task} has several images of one image_id ({few(twice)}): give each its own.')
     splits = splits_of([str(entry['split']) for entry in entries], ids)
     rows = [k for k, which in enumerate(splits) if which == split][:n]
+    twice = [image_id for image_id, count in Counter(ids[k] for k in rows).items() if count > 1]
+    refuse(twice, f'{task} has several images of one image_id ({few(twice)}): give each its own.')
     there = Counter(which or 'no split' for which in splits)
     refuse_empty(task, split, len(rows), there)
     data = as_pairs(

@@ -181,8 +181,9 @@ def corpus_source(
         return _streamed_set(place, split, columns, block, apart)
     check_columns(columns, *OF_SHARDS)
     part, mapping = _shards(task, place, split), {**IMG2DATASET, **(columns or {})}
+    there = part.there or [split_named(folder.name)]
     refuse(
-        is_folder and split not in ('train', split_named(folder.name), *part.there),
+        is_folder and split not in ('train', *there),
         f'{place} has no folder for the {split} split: shards without one are for training.',
         FileNotFoundError,
     )

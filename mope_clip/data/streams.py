@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['LaneState', 'StreamState', 'BrokenData', 'StreamSettings', 'Stream', 'resumed', 'good_pairs', 'pairs_in_turn',
-           'InTurn']
+           'InTurn', 'own_stream']
 
 # %% ../../nbs/01m_streams.ipynb #2577d2c8
 import itertools
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import astuple, dataclass, field
 
 import torch
 
 from .files import refuse
+from .parallel import launched
 from .sources import Indexed, Lane, Place, Row, Shards, ahead
 from .sources import permutation as permutation  # batches take it from here
 
@@ -98,8 +98,9 @@ class Stream(torch.utils.data.IterableDataset):
         self.source, self.name, self.work = source, name, work
         self.seed, self.workers, self.epochs = how.seed, how.workers, how.epochs
         self.max_broken = how.max_broken
-        self.rank = int(os.environ.get('RANK', 0)) if how.rank is None else how.rank
-        self.world = int(os.environ.get('WORLD_SIZE', 1)) if how.world is None else how.world
+        rank, world = launched() if None in (how.rank, how.world) else (0, 1)
+        self.rank = rank if how.rank is None else how.rank
+        self.world = world if how.world is None else how.world
         self.lanes = how.lanes or max(1, min(8, len(source)) // self.world) * self.world
         refuse(
             self.lanes % self.world or self.lanes > len(source),
@@ -279,3 +280,12 @@ class InTurn:
     def summary(self) -> str:
         "What every stream met so far"
         return '; '.join(stream.summary() for stream in self.streams)
+
+
+def own_stream(pairs):
+    "A copy of a stream that stands where it stands, so that reading on moves nobody else's"
+    if hasattr(pairs, 'streams'):
+        other = copy(pairs)
+        other.streams = [own_stream(stream) for stream in pairs.streams]
+        return other
+    return copy(pairs) if hasattr(pairs, 'load_state_dict') else pairs

@@ -142,8 +142,8 @@ def _named(path: Path, lines: list, skipped: int, **dialect: object) -> Iterator
             yield {name.strip(): value for name, value in row.items()}
     except csv.Error as error:
         raise ValueError(
-            f'{path}, line {skipped + reader.line_num} is no row ({error}): put captions that hold '
-            'quotes into quotes, and double those inside.'
+            f'{path}: what follows line {skipped + reader.line_num} is no row ({error}): put '
+            'captions that hold quotes into quotes, and double those inside.'
         ) from None
 
 

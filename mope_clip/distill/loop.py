@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 
@@ -81,8 +80,7 @@ class Clock:
     "How long a run has taken, the parts before it was cut off included"
 
     def __init__(self, run: Run):
-        last = run.history[-1] if run.history else {}
-        self.before = last.get('seconds', 0.0), last.get('cpu_seconds', 0.0)
+        self.before = run.spent
         self.started, self.cpu_started = time.time(), time.process_time()
         self.saved = self.started  # when the last checkpoint was written
 
@@ -95,8 +93,8 @@ class Clock:
 
     def spent(self) -> dict:
         return dict(
-            seconds=self.before[0] + self.seconds(),
-            cpu_seconds=self.before[1] + time.process_time() - self.cpu_started,
+            seconds=self.before['seconds'] + self.seconds(),
+            cpu_seconds=self.before['cpu_seconds'] + time.process_time() - self.cpu_started,
         )
 
 
@@ -160,7 +158,7 @@ def checkpoint_is_due(run: Run, clock: Clock) -> bool:
 def run_steps(run: Run, feed: Iterator):
     "All steps that are left"
     steps, every = run.recipe.steps, run.options.every
-    clock = Clock(run)
+    clock = run.clock = Clock(run)
     progress = training_progress(range(run.start, steps), run.world.main)
     for _ in progress:
         before = resume_point(run)
@@ -174,7 +172,7 @@ def run_steps(run: Run, feed: Iterator):
             add_point(run, losses, clock, progress)
 
 
-def finish(run: Run, pairs):
+def finish(run: Run):
     "Check and keep the last weights, and put those that count into the model that is returned"
     if run.step > run.start:
         for name, p in run.work.model.named_parameters():
@@ -185,6 +183,7 @@ def finish(run: Run, pairs):
                 )
         if run.options.folder:
             save_checkpoint(run, resume_point(run))
+    pairs = run.batches.pairs
     passed_over = pairs.summary() if getattr(pairs, 'broken', None) else ''
     for line in filter(None, run.world.collect(passed_over)):  # each process has met a share
         run.log(line)
@@ -198,7 +197,7 @@ def alone(run: Run):  # a context
     "Inside, no other process trains the same run in the same folder; who waits says for whom"
     if not run.options.folder or not run.world.main:
         return nullcontext()
-    return at_work(Path(run.options.folder).expanduser() / run.key, run.log)
+    return at_work(run.options.folder / run.key, run.log)
 
 
 def fit(
@@ -216,7 +215,7 @@ def fit(
         feed = iter(run.batches)
         try:
             run_steps(run, feed)
-            finish(run, pairs)
+            finish(run)
         finally:
             feed.close()
             run.close()

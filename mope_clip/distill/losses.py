@@ -7,6 +7,7 @@ __all__ = ['LOSSES', 'PUBLISHED', 'WEIGHTS', 'SETS', 'soft_cross_entropy', 'SimL
            'LossContext', 'named_weights', 'loss_weights', 'MopeLoss']
 
 # %% ../../nbs/06a_losses.ipynb #6024b9de
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
@@ -185,7 +186,8 @@ def loss_weights(
     unknown = [key for key in weights if key not in LOSSES]
     if unknown:
         raise ValueError(f'There is no loss {unknown[0]!r}: weights are of {", ".join(LOSSES)}.')
-    numbers = [w for w in weights.values() if isinstance(w, Real) and not isinstance(w, bool)]
+    real = [w for w in weights.values() if isinstance(w, Real) and not isinstance(w, bool)]
+    numbers = [w for w in real if math.isfinite(w)]
     if len(numbers) < len(weights) or min(numbers, default=0) < 0 or not any(numbers):
         raise ValueError(_weights_are(weights))
     return {key: float(weights[key]) for key in LOSSES if weights.get(key)}

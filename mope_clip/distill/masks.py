@@ -18,7 +18,8 @@ from ..clip import TOWERS, Clip, prune, whole_spec
 from ..data.progress import progress
 from .batches import Batches
 from ..metrics import register_metric
-from ..metrics.table import BlockScores, score_blocks
+from ..metrics.rivals import data_of
+from ..metrics.table import BlockScores, check_counts, names_among, score_blocks
 
 # %% ../../nbs/06k_masks.ipynb #5787b6bb
 class Gate(nn.Module):
@@ -60,7 +61,7 @@ class Gated:
 def gated(clip: Clip) -> Gated:
     "A copy of `clip` with frozen weights, and gates of one everywhere"
     copy, gates = prune(clip, whole_spec(clip)), {}
-    copy.model.requires_grad_(False)
+    copy.model.requires_grad_(False).eval()
     for tower in TOWERS:
         for layer, block in enumerate(copy.tower(tower).stages):
             heads = Gate(block.heads, block.head_dim).to(clip.device)
@@ -103,12 +104,18 @@ def learned_masks(
     towers: tuple = TOWERS,
     groups: int = 8,  # FFN groups a layer, of neurons by their masks
     pairs_seen: int = 5120,  # of the search
-    batch: int = 64,
+    batch: int | None = None,  # pairs a step; None: 64
     lr: float = 0.02,  # of the masks, by Adam
     pull: float = 1e-3,  # lambda: how hard each mask is pulled towards zero
     seed: int = 0,  # of the order of captions
+    allow_test: bool = False,
 ) -> pd.DataFrame:  # score: the mask at the end; of a layer the mean over heads and neurons
     "Scores by a search with learned masks, the weights frozen; `ValueError` for less than a batch"
+    check_counts(batch=batch, groups=groups, pairs_seen=pairs_seen)
+    names_among('towers', towers, TOWERS)
+    is_set = hasattr(pairs, 'column_names') and hasattr(pairs, '__len__')
+    known = data_of(clip, pairs, towers, allow_test) if is_set else {}
+    batch = batch or 64
     if pairs_seen < batch:
         raise ValueError(f'pairs_seen is {pairs_seen}, less than one batch of {batch}.')
     model, feed = gated(clip), iter(Batches(clip, pairs, batch, seed))
@@ -125,8 +132,8 @@ def learned_masks(
 
     def of_layer(tower, layer, block):
         masks = model.gates[tower, layer].masks()
-        return sum(mask.detach().cpu().mean() for mask in masks) / 2
+        return sum(mask.detach().cpu().mean() for mask in masks) / max(1, len(masks))
 
     scores = BlockScores(of_heads, of_neurons, of_layer)
-    made_by = dict(metric='masks', pairs_seen=pairs_seen, pull=pull, seed=seed)
+    made_by = dict(metric='masks', pairs_seen=pairs_seen, pull=pull, seed=seed, **known)
     return score_blocks(clip, towers, groups, scores, **made_by)

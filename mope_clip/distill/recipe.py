@@ -16,6 +16,7 @@ from numbers import Integral, Real
 
 import torch
 import torch.nn as nn
+from torch.backends import mkldnn
 from torch.optim import _muon
 
 from ..clip import TOWERS, Clip
@@ -182,20 +183,14 @@ def optimizers(clip: Clip, recipe: Recipe) -> list:
     muon = recipe.optimizer == 'muon'
     decayed = of('other matrix') if muon else of('block matrix', 'other matrix')
     groups = [(decayed, recipe.weight_decay), (of('undecayed'), 0.0), (of('scalar'), 0.0)]
-    adamw = torch.optim.AdamW(
-        [dict(params=params, weight_decay=decay) for params, decay in groups if params],
-        lr=recipe.lr,
-        betas=tuple(recipe.betas),
-    )
-    if not muon:
-        return [adamw]
-    matrices = torch.optim.Muon(
-        of('block matrix'),
-        lr=recipe.lr,
-        weight_decay=recipe.weight_decay,
-        adjust_lr_fn='match_rms_adamw',
-    )
-    return [matrices, adamw]
+    groups = [dict(params=params, weight_decay=decay) for params, decay in groups if params]
+    found = []
+    if muon and of('block matrix'):  # blocks may be frozen
+        options = dict(lr=recipe.lr, weight_decay=recipe.weight_decay)
+        found += [torch.optim.Muon(of('block matrix'), **options, adjust_lr_fn='match_rms_adamw')]
+    if groups:  # and so may all else
+        found += [torch.optim.AdamW(groups, lr=recipe.lr, betas=tuple(recipe.betas))]
+    return found
 
 
 def set_learning_rate(optimizers: list, rate: float):
@@ -225,7 +220,7 @@ def single_on_cpu(
     return orthogonalise
 
 
-if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+if not (mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
     _muon._zeropower_via_newtonschulz = single_on_cpu(_muon._zeropower_via_newtonschulz)
 
 # %% ../../nbs/06f_recipe.ipynb #f96fe322

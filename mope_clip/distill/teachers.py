@@ -13,11 +13,11 @@ from pathlib import Path
 
 from ..clip import Clip, load_clip, save_open_clip
 from ..data import stream_pairs
-from ..data.files import cache_dir, data_dir, write_atomic
+from ..data.files import cache_dir, data_dir, refuse, write_atomic
 from ..data.parallel import processes
 from ..data.scenes import RETRIEVAL_TASKS, TASKS
 from .loop import fit
-from .recipe import Recipe
+from .recipe import MACHINERY, Recipe
 from .run import Training, split_settings
 
 # %% ../../nbs/06l_teachers.ipynb #01963fb6
@@ -49,7 +49,8 @@ def made_by(task: str, model: str, pretrained: str, data: dict | None, settings:
     "What decides which teacher it is, in plain types"
     root = str((data or {}).get('root') or '')
     record = dict(task=task, model=str(model), pretrained=str(pretrained), root=root)
-    return json.loads(json.dumps({**record, **task_settings(task), **settings}))
+    deciding = {name: value for name, value in settings.items() if name not in MACHINERY}
+    return json.loads(json.dumps({**record, **task_settings(task), **deciding}))
 
 
 def finetune_teacher(
@@ -60,6 +61,7 @@ def finetune_teacher(
     data: dict | None = None,  # root and columns of the task's data, as in `load_pairs`
     work: Path | None = None,  # where checkpoints are kept; None: beside `folder`
     log: Callable = print,
+    device: str | None = None,  # as in `load_clip`
     **settings,  # of `Recipe`, over `task_settings`, and of `RunOptions`
 ) -> Training:  # its clip is reloaded from the folder
     "A pre-trained model, fine-tuned on a task with the contrastive loss"
@@ -75,15 +77,18 @@ def finetune_teacher(
             f'How long is the teacher of {task} to be trained? '
             'Pass pairs_seen=, e.g. ten times the number of its images.'
         )
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     work = work or folder.with_name(f'{folder.name}-run')
-    start = load_clip(str(model), pretrained or None) if model else embedded_teacher()
+    if model:
+        start = load_clip(str(model), pretrained or None, device)
+    else:
+        start = embedded_teacher(device=device)
     log(f'Fine-tuning the teacher of {task}; a run that is cut off goes on from {work}.')
     pairs = stream_pairs(task, 'train', **(data or {}))
     options = dict(every=50) | options | dict(folder=work, log=log)
     made = fit(start, pairs, Recipe(**recipe_settings), **options)
     write_teacher(made.clip, folder, made_by(task, model, pretrained, data, settings))
-    return Training(load_clip(str(folder)), made.history)
+    return Training(load_clip(str(folder), device=device), made.history)
 
 
 def write_teacher(clip: Clip, folder: Path, record: dict):
@@ -99,20 +104,21 @@ def write_teacher(clip: Clip, folder: Path, record: dict):
 def embedded_teacher(
     task: str = '',  # 'openmoji' or 'openmoji-street'; empty: the zero-shot teacher
     log: Callable = print,
+    device: str | None = None,  # as in `load_clip`
 ) -> Clip:
     "A teacher of the embedded benchmark; that of another task is made now, in about six minutes"
     folder = data_dir() / (f'teacher-{task}' if task else 'teacher')
     if not folder.is_dir() and task and task != 'openmoji':
         folder = cache_dir() / folder.name
     if folder.is_dir():
-        return load_clip(str(folder), device=None)
+        return load_clip(str(folder), device=device)
     if not task or task == 'openmoji':
         raise FileNotFoundError(
             f'The embedded teacher {folder.name} is not in {folder.parent}: it comes with the '
             'repository, so set MOPE_CLIP_DATA to the data folder of a clone, or make it with '
             'nbs/10_teacher.ipynb.'
         )
-    return finetune_teacher(task, folder, log=log).clip
+    return finetune_teacher(task, folder, log=log, device=device).clip
 
 # %% ../../nbs/06l_teachers.ipynb #42c6b303
 def kept_teacher(
@@ -122,12 +128,14 @@ def kept_teacher(
     folder: Path,  # where it is kept
     log: Callable = print,
     data: dict | None = None,  # as in `finetune_teacher`
+    device: str | None = None,  # as in `load_clip`
     **settings,  # as in `finetune_teacher`
 ) -> Clip:
     "A named model, fine-tuned on a task once; `ValueError` where another lies in its folder"
-    _, that_matter = split_settings(settings)
+    folder, (_, that_matter) = Path(folder).expanduser(), split_settings(settings)
     made, record = made_by(task, model, pretrained, data, that_matter), folder / 'made_by.json'
     was = json.loads(record.read_text(encoding='utf-8')) if record.is_file() else made
+    was = {name: value for name, value in was.items() if name not in MACHINERY}
     if was != made:
         odd = [
             f'{name} {was.get(name)!r} and not {value!r}'
@@ -140,9 +148,10 @@ def kept_teacher(
         )
     if folder.is_dir():
         log(f'Teacher: {model} {pretrained}, fine-tuned on {task} before, from {folder}.')
-        return load_clip(str(folder))
+        return load_clip(str(folder), device=device)
     log(f'Teacher: {model} {pretrained}, to be fine-tuned on {task}.')
-    return finetune_teacher(task, folder, model, pretrained, data, log=log, **settings).clip
+    settings = dict(settings, log=log, device=device)
+    return finetune_teacher(task, folder, model, pretrained, data, **settings).clip
 
 
 def teacher_for(
@@ -151,19 +160,24 @@ def teacher_for(
     pretrained: str = '',  # open_clip's tag or a checkpoint
     log: Callable = print,  # says which teacher it is
     folder: Path | None = None,  # keeps a model that is fine-tuned first; None: it is already
+    device: str | None = None,  # as in `load_clip`
     **options,  # of `finetune_teacher`
 ) -> Clip:
     "The teacher of a task: the model that is named, or the embedded one"
+    refuse(
+        pretrained and not model,
+        f'Weights are named ({pretrained}) and no model that they are of: name it, too.',
+    )
     if model and folder:
-        return kept_teacher(task, model, pretrained, Path(folder), log, **options)
+        return kept_teacher(task, model, pretrained, folder, log, device=device, **options)
     if model:
         log(f'Teacher: {model} {pretrained}, taken as fine-tuned.')
-        return load_clip(model, pretrained or None)
+        return load_clip(model, pretrained or None, device)
     if task in RETRIEVAL_TASKS:
         log(f'Teacher: the embedded CLIP, fine-tuned on {task}.')
-        return embedded_teacher(task, log)
+        return embedded_teacher(task, log, device)
     log(
         f'Teacher: the embedded zero-shot CLIP (data/teacher), which has never seen {task}: '
         'name a model with -p model and -p pretrained for real results.'
     )
-    return embedded_teacher(log=log)
+    return embedded_teacher(log=log, device=device)

@@ -33,7 +33,9 @@ class DivergenceCheck:
         "Take in the loss of a step; whether the run has diverged"
         self.mean = loss if self.mean is None else 0.95 * self.mean + 0.05 * loss
         self.best = self.mean if self.best is None else min(self.mean, self.best)
-        is_above = self.factor and self.mean > self.factor * self.best + 0.1
+        # a loss of one's own may be below zero
+        allowed = (self.factor - 1) * abs(self.best) + 0.1
+        is_above = self.factor and self.mean > self.best + allowed
         self.steps_above = self.steps_above + 1 if is_above else 0
         return self.steps_above >= self.patience
 
