@@ -9,7 +9,7 @@ __all__ = ['tower_macs', 'count', 'cost', 'module_costs', 'spec_cost', 'saved_by
 import torch.nn as nn
 
 from ..clip import TOWERS, Clip, PruneSpec, shape_of
-from ..clip.model import check_fits
+from ..clip.model import check_fits, check_vocabulary
 
 # %% ../../nbs/03c_cost.ipynb #63089133
 def tower_macs(
@@ -80,6 +80,8 @@ def spec_cost(
     """What `cost(prune(clip, spec))` will be, without building the model; refuses what `prune`
     refuses"""
     check_fits(spec, shape_of(clip))
+    if spec.vocabulary is not None:
+        check_vocabulary(clip, spec.vocabulary)
     out = cost(clip)
     for tower in TOWERS:
         saved = saved_by(clip, tower, getattr(spec, tower))

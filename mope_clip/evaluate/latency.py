@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ..clip import TOWERS, Clip
+from ..data.files import refuse
 
 # %% ../../nbs/03d_latency.ipynb #9fd10f2d
 def timed(
@@ -59,7 +60,9 @@ def latency(
 ) -> (
     dict
 ):  # batch, threads; a tower: milliseconds a batch (median, interquartile range), items a second
-    "Measured time of one batch through each tower"
+    "Measured time of one batch through each tower; `ValueError` for a batch of none"
+    towers = (towers,) if isinstance(towers, str) else towers
+    refuse(batch < 1, f'batch is a number of images or captions, at least 1, not {batch}.')
     inputs = {tower: sample_input(clip, tower, batch) for tower in towers}
     calls = {tower: partial(clip.tower(tower), x) for tower, x in inputs.items()}
     out = dict(batch=batch, threads=torch.get_num_threads())

@@ -185,6 +185,7 @@ def retrieval(
     """Recall of a model on image-text pairs, the whole set as the gallery; ties count against the
     model"""
     captions = captions_of(pairs)
+    refuse(not captions, 'There are no pairs to evaluate on: the data set is empty.')
     image_features = encode_images(clip, pairs['image'], batch)
     text_features = encode_captions(clip, captions, batch)
     return recalls(*ranks(image_features, text_features, owners(captions)))

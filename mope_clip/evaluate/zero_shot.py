@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from ..clip import Clip
 from ..data import prompts_of
+from ..data.files import refuse
 from ..data.scenes import Suite
 from .recall import check_finite, encode, encode_images
 
@@ -34,7 +35,14 @@ def zero_shot(
     batch: int = 128,  # images or prompts at a time
 ) -> dict:  # 'top1', 'top5', per cent ('top5' where there are more than five classes)
     "Accuracy of the nearest class (open_clip's protocol); ties count against the model"
+    refuse(not len(labelled), 'There are no images to evaluate on: the data set is empty.')
     classes = class_vectors(clip, suite or prompts_of(labelled), batch)
+    low, high = min(labelled['label']), max(labelled['label'])
+    refuse(
+        low < 0 or high >= len(classes),
+        f'The labels are {low} to {high}, and there are {len(classes)} classes (0 to '
+        f'{len(classes) - 1}): name the suite that these images are of.',
+    )
     sims = encode_images(clip, labelled['image'], batch) @ classes.T
     check_finite(sims)
     right = sims.gather(1, torch.tensor(labelled['label'])[:, None])

@@ -141,7 +141,7 @@ def obs(
 ) -> pd.DataFrame:  # score: a share of the variance of the stream behind the block
     """The error at which a head or a neuron goes, when the least missed goes first and what
     stays is solved again; for layers how much they change. After Hassibi, Stork and ZipLM"""
-    known = data_of(clip, pairs, towers, allow_test)
+    known = data_of(clip, pairs, towers, allow_test, batch=batch, groups=groups)
     task = ScoringTask(clip, pairs)
     seen = {
         name: spreads(clip.tower(name), task.x[name], batch or 64)

@@ -18,6 +18,7 @@ from .mope import modules_of, say_cost, score_all
 from mope_clip.metrics.table import (
     MODULES,
     BlockScores,
+    check_counts,
     check_scoring,
     gradients,
     names_among,
@@ -78,8 +79,9 @@ def random_scores(
     return score_blocks(clip, towers, groups, scores, metric='random', seed=seed)
 
 # %% ../../nbs/04f_rivals.ipynb #6a5ca12c
-def data_of(clip: Clip, pairs, towers, allow_test: bool) -> dict:
-    "What a table says of its data, after the checks that `mope` makes"
+def data_of(clip: Clip, pairs, towers, allow_test: bool, **counts: int | None) -> dict:
+    "What a table says of its data, after the checks that `mope` makes, and those of `check_counts`"
+    check_counts(**counts)
     check_scoring(pairs, towers, ('head',), allow_test)
     if 'captions' not in pairs.column_names:
         raise ValueError('This metric needs image-text pairs (load_pairs), not labelled images.')
@@ -97,7 +99,7 @@ def taylor(
 ) -> pd.DataFrame:  # score: |weight x gradient|, in units of the contrastive loss (nats)
     """First-order Taylor scores of heads and neurons, in DynaBERT's form; a layer is the sum of its
     parts"""
-    known = data_of(clip, pairs, towers, allow_test)
+    known = data_of(clip, pairs, towers, allow_test, batch=batch, groups=groups)
     graded = gradients(clip, pairs, batch or 64)
 
     def heads(tower, layer, block):
@@ -129,7 +131,8 @@ def fisher(
 ) -> pd.DataFrame:  # score: nats squared
     """Empirical Fisher information of a mask on each head and neuron: squared mask gradients,
     averaged over small batches"""
-    known = data_of(clip, pairs, towers, allow_test)
+    counts = dict(pairs_each=pairs_each, groups=groups)
+    known = data_of(clip, pairs, towers, allow_test, **counts)
     total, starts = {}, range(0, len(pairs) - 1, pairs_each)
     for start in starts:
         few = pairs.select(range(start, min(start + pairs_each, len(pairs))))
@@ -188,7 +191,7 @@ def activation(
 ) -> pd.DataFrame:  # score: in units of the activations
     """Root mean square of activations times the norm of the output weights; for layers one minus
     the cosine of input and output"""
-    known = data_of(clip, pairs, towers, allow_test)
+    known = data_of(clip, pairs, towers, allow_test, batch=batch, groups=groups)
     task, seen = ScoringTask(clip, pairs), {}
     for name in names_among('towers', towers, TOWERS):
         tower = clip.tower(name)

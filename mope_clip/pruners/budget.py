@@ -16,7 +16,7 @@ from ..clip.model import check_fits
 from ..data.files import refuse
 from ..evaluate import cost, spec_cost
 from ..evaluate import latency as measured
-from .plan import plan_depth, plan_width, spec_from
+from .plan import check_width_options, plan_depth, plan_width, spec_from
 from .servable import check_servable, even_shares, plan_even
 
 # %% ../../nbs/05b_budget.ipynb #98efd796
@@ -119,21 +119,23 @@ def one_budget(**budgets) -> dict:  # {kind: value}
 
 
 def check_wide(scores: pd.DataFrame):
-    "`ValueError` where a table scores layers alone, which no budget of width can be spread over"
+    "`ValueError` where a table scores no heads and no groups, over which width can be spread"
     refuse(
-        set(scores.module) == {'layer'},
-        'The table scores layers alone: give keep_depth below 1 and no other budget, or score '
-        'heads and FFN groups too.',
+        not {'head', 'ffn'} & set(scores.module),
+        'The table scores no heads and no FFN groups: give keep_depth below 1 and no other '
+        'budget, or score these too.',
     )
 
 
 def plan_of_layers(
-    scores: pd.DataFrame, clip: Clip, keep_depth: float, log: Callable | None
+    scores: pd.DataFrame, clip: Clip, keep_depth: float, servable: bool, log: Callable | None
 ) -> PruneSpec:  # by position in `clip`
     "A plan that takes layers and nothing else"
     check_fits(spec_from(scores, lambda tower, layer, whole: whole), shape_of(clip))
     spec = plan_depth(scores, keep_depth)
     spec.provenance['plan'] = dict(budget=dict(keep_depth=keep_depth), keep_depth=keep_depth)
+    if servable:
+        spec.provenance['plan']['servable'] = True
     if log:
         log(say_cost(clip, spec))
     return spec
@@ -158,15 +160,16 @@ def plan(
     "The widest model within one of four budgets; `ValueError` where even the smallest exceeds it"
     budgets = dict(keep=keep, params=params, macs=macs, latency=latency)
     keep_count(1, keep_depth)
+    check_width_options(1.0, rank, floor, multiples)
+    if servable:
+        check_servable(clip, rank)
     if keep_depth < 1 and not any(value is not None for value in budgets.values()):
-        return plan_of_layers(scores, clip, keep_depth, log)
+        return plan_of_layers(scores, clip, keep_depth, servable, log)
     check_wide(scores)
     given = one_budget(**budgets)
     ((kind, value),) = given.items()
     check_fits(spec_from(scores, lambda tower, layer, whole: whole), shape_of(clip))
     deep = plan_depth(scores, keep_depth) if keep_depth < 1 else None
-    if servable:
-        check_servable(clip, rank)
 
     def make(share: float) -> PruneSpec:
         if servable:

@@ -149,10 +149,10 @@ class TowerSearch:
         if final is None:
             return pooled, None
         matrix = final.weight if hasattr(final, 'weight') else final.T
-        weight, _ = self.solve(pooled[: self.fit], self.target, matrix, bias=False)
+        free = getattr(final, 'bias', None) is not None
+        weight, bias = self.solve(pooled[: self.fit], self.target, matrix, bias=free)
         features = pooled @ weight.T
-        bias = getattr(final, 'bias', None)
-        return features if bias is None else features + bias, weight
+        return features + bias if free else features, weight
 
 # %% ../../nbs/05fa_candidates.ipynb #78e13758
 class Judge:

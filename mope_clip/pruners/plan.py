@@ -155,6 +155,9 @@ def check_width_options(keep, rank: str, floor: int, multiples) -> tuple:  # two
     pair = tuple(multiples) if isinstance(multiples, (tuple, list)) else (multiples,)
     if len(pair) != 2:
         raise ValueError(f'multiples are two whole numbers, for heads and for neurons, not {pair}.')
+    for multiple in pair:
+        if not isinstance(multiple, int) or multiple < 1:
+            raise ValueError(f'multiples are whole numbers, at least 1, not {multiple!r}.')
     if rank not in ('layer', 'global'):
         raise ValueError(f"rank is 'layer' or 'global', not {rank!r}.")
     return pair

@@ -72,11 +72,12 @@ def ridge(
         'picture is damaged; bring the models to fp32, or take other items.',
     )
     if len(gram):
-        nu = strength * gram.diagonal().mean().clamp(min=1e-30)
+        scale = gram.diagonal().mean().clamp(min=1e-30)
+        nu = strength * scale
         eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         factor, failed = torch.linalg.cholesky_ex(gram + nu * eye)
         while failed:  # inputs that repeat one another need a stronger pull than was asked for
-            nu = 10 * nu
+            nu = 10 * nu.clamp(min=1e-12 * scale)
             factor, failed = torch.linalg.cholesky_ex(gram + nu * eye)
         weight = torch.cholesky_solve(cross + nu * old.T, factor).T
     else:

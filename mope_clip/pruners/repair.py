@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'repair_projection', 'repair_map', 'maps_of', 'repair_tower', 'repair_cost', 'check_pairs', 'check_repair',
-           'is_untouched', 'repair', 'repair_towers', 'worst_of', 'draw_repair']
+           'is_untouched', 'say_nothing', 'repair', 'repair_towers', 'worst_of', 'draw_repair']
 
 # %% ../../nbs/05e_repair.ipynb #da18f9d8
 import time
@@ -22,6 +22,8 @@ from ..data.columns import captions_of
 from ..data.files import refuse
 from ..data.parallel import processes
 from ..data.progress import Progress
+from ..metrics.store import model_key
+from ..metrics.table import names_among
 from ..metrics.z import is_test
 from .regression import Solution, solve
 from .solved import SolvedMaps
@@ -59,7 +61,8 @@ def repair_map(run: TowerRepair, part: str, k: int, solved: SolvedMaps) -> dict:
     else:
         linear = run.student.stages[k].output_maps()[part]
         rows = attention_rows(run, k) if part == 'head' else ffn_rows(run, k)
-    kept = solved.load(run.student.name, part, k, linear)
+    is_kept = run.world.collect(solved.has(run.student.name, part, k))
+    kept = solved.load(run.student.name, part, k, linear) if all(is_kept) else None
     if kept is not None:
         run.pass_on(rows)
         return kept
@@ -134,15 +137,17 @@ def check_pairs(
 def check_repair(student: Clip, teacher: Clip, pairs, how: Calibration):
     "Refuse in one sentence what cannot be repaired, or would be repaired on what is reported"
     check_pairs(pairs, 'repair', "repair on training pairs, load_pairs(task, 'train', 1000).")
-    least = 2 * how.held_out
-    refuse(
-        len(pairs) < least,
-        f'Repair needs at least {least} images, to hold some out, not {len(pairs)}.',
-    )
+    least, there = 2 * how.held_out, min(len(pairs), how.images)
+    refuse(there < least, f'Repair needs at least {least} images, to hold some out, not {there}.')
     for tower in TOWERS:
         places_in(student, teacher, tower)
         for block in student.tower(tower).stages:
             block.gains()
+    refuse(
+        student.device != teacher.device,
+        f'The student is on {student.device} and the teacher on {teacher.device}: load both with '
+        'one device=.',
+    )
     refuse(
         student.dtype != teacher.dtype,
         f'The student computes in {student.dtype}, the teacher in {teacher.dtype}: bring both to '
@@ -168,6 +173,10 @@ def is_untouched(student: Clip, teacher: Clip, tower: str) -> bool:
     )
 
 # %% ../../nbs/05e_repair.ipynb #5ca44872
+def say_nothing(line: str):
+    "A log that nobody reads"
+
+
 def repair(
     student: Clip,  # pruned from the teacher; stays as it is
     teacher: Clip,  # the unpruned model; stays as it is
@@ -183,11 +192,17 @@ def repair(
     No gradient, no training: a few forwards of the calibration items. What was done stands in
     `spec.provenance['repair']`; `ValueError` in one sentence for what cannot be repaired.
     """
-    how, log = replace(how or Calibration(), **settings), log or (lambda line: None)
+    how, log = replace(how or Calibration(), **settings), log or say_nothing
+    towers = names_among('towers', towers, TOWERS)
     check_repair(student, teacher, pairs, how)
     if getattr(pairs, 'split', None) is None:
         log('The split of these pairs is not known: make sure that nothing is reported on them.')
     world, repaired = processes(teacher.device), student.copy()
+    refuse(
+        world.size > 1 and len(set(world.collect(model_key(student)))) > 1,
+        'The processes do not hold the same student: load the same files in each.',
+    )
+    log = log if world.main else say_nothing
     training = {clip: clip.model.training for clip in (student, teacher)}
     began, items = time.time(), calibration_items(teacher, pairs, how)
     towers = [t for t in towers if student.tower(t).stages]

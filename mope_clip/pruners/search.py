@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STARTS', 'BUDGETS', 'Walk', 'SearchSettings', 'the_budget', 'check_search', 'split_pairs', 'search',
-           'refuse_too_little', 'whole_of', 'SearchRun', 'task_name']
+           'refuse_too_little', 'whole_of', 'stream_bytes', 'SearchRun', 'task_name']
 
 # %% ../../nbs/05g_search.ipynb #986aa152
 import hashlib
@@ -23,6 +23,7 @@ from ..clip import Clip, PruneSpec, shape_of, weights_hash
 from ..data.files import refuse, write_atomic
 from ..data.progress import Progress
 from ..evaluate import cost
+from ..metrics.store import model_key
 from ..metrics.z import ScoringTask
 from .candidates import Judge
 from .descent import Descent
@@ -67,6 +68,9 @@ class SearchSettings:
             refuse(number < (name != 'evaluations'), f'{name} must be at least 1, not {number}.')
         refuse(self.start not in STARTS, f'start must be one of {STARTS}, not {self.start!r}.')
         refuse(not 0 <= self.depth <= 1, f'depth must be between 0 and 1, not {self.depth}.')
+        refuse(not self.strength >= 0, f'strength must be at least 0, not {self.strength}.')
+        wrong = self.minutes is not None and not self.minutes > 0
+        refuse(wrong, f'minutes must be above 0, not {self.minutes}.')
 
 # %% ../../nbs/05g_search.ipynb #451b07ea
 BUDGETS = 'macs', 'params', 'latency'
@@ -111,6 +115,10 @@ def split_pairs(pairs, calibration, how: SearchSettings) -> tuple:  # calibratio
         half = len(pairs) // 2
         refuse(half < 10, f'A search needs at least 20 images, not {len(pairs)}.')
         calibration, pairs = pairs.select(range(half)), pairs.select(range(half, len(pairs)))
+    refuse(
+        len(calibration) < 10,
+        f'What is found is repaired on at least 10 images, not {len(calibration)}.',
+    )
     fitted = calibration.select(range(min(how.fitted, len(calibration))))
     return fitted, pairs.select(range(min(how.judged, len(pairs))))
 
@@ -129,7 +137,7 @@ def search(
     folder: Path | None = None,  # keeps where the walk stands: a killed search goes on
     log: Callable | None = print,  # is told the cost, and the best so far
     **settings,  # of `SearchSettings`, e.g. evaluations=200
-) -> PruneSpec:  # by position in `teacher`, never above the budget
+) -> PruneSpec:  # by position in `teacher`, not above the budget; of a latency see the log
     """Which heads, neurons and layers stay, found by a walk over their numbers in every layer.
 
     `repair(prune(teacher, spec), teacher, calibration)` is the model. Stopped by Ctrl-C, the best
@@ -152,6 +160,11 @@ def search(
     task = ScoringTask(teacher, judging, how.z, captions=how.captions)
     look = Calibration(images=how.fitted, captions=how.captions)
     items = calibration_items(teacher, fitted, look)
+    log(
+        f'Streams of {how.fitted} and {how.judged} images take up to '
+        f'{stream_bytes(orders, items, task) / 1e9:.1f} GB of memory: lower fitted or judged where '
+        'that is too much.'
+    )
     judge = Judge(teacher, orders, items, task, how.strength)
     run = SearchRun(judge, moves, random.Random(seed), how, log)
     decisive = (kind, budget, embeddings, servable, seed, how)
@@ -185,6 +198,17 @@ def whole_of(orders: Orders, kind: str, embeddings: bool) -> float:
         if kind == 'params' and not embeddings and tower == 'text':
             name = 'text_params_no_embedding'
         total += whole[name]
+    return total
+
+
+def stream_bytes(orders: Orders, items: dict, task: ScoringTask) -> int:
+    "What a search keeps in memory: two streams a layer of the teacher's, and of two candidates one"
+    total = 0
+    for name in orders.towers:
+        tower, fitted = orders.clip.tower(name), len(items[name])
+        both = fitted + len(task.x[name])
+        token = tower.width * orders.clip.dtype.itemsize
+        total += 2 * (fitted + both) * tower.tokens * token * len(tower.stages)
     return total
 
 # %% ../../nbs/05g_search.ipynb #b8179a6a
@@ -345,6 +369,8 @@ class SearchRun:
                 break
             allowed = 0.98 * self.moves.prices.of(self.at.levels) * share / took
             self.at.levels = replace(self.moves, budget=allowed).shrink(self.at.levels, self.rng)
+        else:
+            self.log('It was made smaller eight times and was not measured again: look at it.')
         if self.at.levels != began:
             self.at.fitness, self.judge.states = self.judge.evaluate(self.at.levels)
 
@@ -370,7 +396,7 @@ class SearchRun:
 
 def task_name(task: ScoringTask, items: dict, scores: pd.DataFrame, decisive: tuple) -> str:
     "A name made of everything that decides a walk"
-    digest = hashlib.sha256(weights_hash(task.clip).encode())
+    digest = hashlib.sha256(model_key(task.clip).encode())
     digest.update(repr((decisive, task.made_by)).encode())
     digest.update(scores.score.to_numpy().tobytes())
     for x in (*items.values(), *task.x.values()):

@@ -62,7 +62,8 @@ def step_shares(
         layers, before = len(now.tower(tower).blocks), len(clip.tower(tower).blocks)
         shares['layer'][tower] = keep_count(before, target) / max(1, layers)
         heads = sum(keep_count(heads, target) for heads, *_ in whole if heads)
-        shares['head'][tower] = heads / (sum(heads for heads, *_ in shape) or 1)
+        # rounding layer by layer may have taken more than the target already
+        shares['head'][tower] = min(1.0, heads / (sum(heads for heads, *_ in shape) or 1))
         shares['ffn'][tower] = keep_count(groups, target) / keep_count(groups, left)
     return shares
 

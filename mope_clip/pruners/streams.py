@@ -49,6 +49,13 @@ class Calibration:
             number = getattr(self, name)
             refuse(number < 1, f'{name} must be at least 1, not {number}.')
         refuse(self.held_out < 2, f'held_out must be at least 2, not {self.held_out}.')
+        wrong = self.batch is not None and self.batch < 1
+        refuse(wrong, f'batch must be at least 1, not {self.batch}.')
+        several = isinstance(self.strengths, (tuple, list)) and len(self.strengths)
+        refuse(
+            not several or not all(strength >= 0 for strength in self.strengths),
+            f'strengths are one or several numbers of at least 0, not {self.strengths!r}.',
+        )
 
 
 def calibration_items(clip: Clip, pairs, how: Calibration) -> dict:
