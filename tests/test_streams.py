@@ -241,7 +241,7 @@ def test_a_saved_place_is_six_numbers_a_lane(tiny):
     started = stream_of(tiny, seed=3, lanes=4)
     keys_of(started, 6)
     state = started.state_dict()
-    assert set(state) == {'rows', 'lanes', 'broken', 'of'} and state['of'] == [12, 4, 3]
+    assert set(state) == {'rows', 'lanes', 'broken', 'of', 'block'} and state['of'] == [12, 4, 3]
     assert list(state['lanes']) == ['0', '1', '2', '3']
     assert all(len(numbers) == 6 for numbers in state['lanes'].values())
     assert sum(numbers[4] for numbers in state['lanes'].values()) >= 6  # samples that were met
