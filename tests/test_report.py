@@ -625,8 +625,37 @@ def test_a_run_from_before_a_parameter_was_there_is_made_anew(toy_repo, capsys):
     del run['parameters']['task']
     results.write_text(json.dumps(run), encoding='utf-8')
     report('90_toy')
-    assert 'an earlier run had task None and is not used' in capsys.readouterr().out
+    assert 'an earlier run had task None and is deleted' in capsys.readouterr().out
     assert 'task' in json.loads(results.read_text(encoding='utf-8'))['parameters']
+
+
+def test_a_report_with_parameters_deletes_nothing_of_another(toy_repo):
+    from mope_clip.report.runner import report
+
+    toy_template(toy_repo)
+    report('90_toy')
+    runs = toy_repo / 'runs'
+    with pytest.raises(ValueError, match="Unknown parameter 'tasc', did you mean 'task'"):
+        report('90_toy', tasc='flickr30k')
+    with pytest.raises(ValueError, match='A report has a folder of its own: leave out out_dir'):
+        report('90_toy', out_dir='elsewhere')
+    folder = report('90_toy', task='flickr30k')
+    assert folder.parent.parent == runs and 'of flickr30k' in (folder / '90_toy.ipynb').read_text()
+    assert folder.parent.name.startswith('90_toy-full-')
+    official = json.loads((runs / '90_toy-full' / 'results.json').read_text(encoding='utf-8'))
+    assert official['parameters']['task'] == 'coco'
+    assert len(list((runs / '90_toy-full').rglob('model.safetensors'))) == 1
+
+
+def test_an_old_report_outlives_the_pieces_of_its_run(tmp_path):
+    from mope_clip.report.runner import clear
+
+    (tmp_path / 'report').mkdir()
+    (tmp_path / 'report' / 'results.json').touch()
+    (tmp_path / 'scores').mkdir()
+    (tmp_path / 'executed.json').touch()
+    clear(tmp_path)
+    assert [path.name for path in tmp_path.rglob('*')] == ['report', 'results.json']
 
 
 def test_reports_of_the_old_schema_are_read_and_are_stale(toy_repo):

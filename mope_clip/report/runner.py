@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['QUIET', 'PLACES', 'STORED', 'check_given', 'as_sentence', 'this_python', 'run_notebook', 'scale_parameters',
            'is_noise', 'tidy_notebook', 'without_place', 'dated_results', 'stored_files', 'write_json', 'store',
-           'report', 'waiting', 'announce', 'report_all', 'small_picture', 'plain_output', 'execute', 'keep_outputs']
+           'place_of_run', 'clear', 'report', 'waiting', 'announce', 'report_all', 'small_picture', 'plain_output',
+           'execute', 'keep_outputs']
 
 # %% ../../nbs/07o_runner.ipynb #031f4e23
 import base64
@@ -20,10 +21,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..data.files import fill_folder, first_line, write_atomic
+from ..data.files import digest, fill_folder, first_line, refuse, write_atomic
 from .frame import RECORD, outdated
 from .page import entries
-from .parameters import check_parameters, differing, parameters_of_run
+from mope_clip.report.parameters import (
+    check_parameters,
+    differing,
+    looks_like_setting,
+    parameters_of_run,
+)
 from .provenance import longest_run
 from .readme import report_names, reports_dir
 from .render import lesson_names
@@ -39,16 +45,16 @@ QUIET = ['--IPKernelApp.log_level=CRITICAL']
 def check_given(
     template: Template,
     given: dict,  # name -> value
-):
+) -> dict:  # name -> value, of every parameter
     "`ValueError` for parameters that the template does not have, or of another type"
     known = template.parameters
-    for name in given:
-        if name.startswith('_'):
+    for name, value in given.items():
+        if name not in known and not looks_like_setting(name, value):
             choice = ', '.join(known)
             raise ValueError(f'Unknown parameter {name!r}: the parameters are {choice}.')
     defaults = {name: parameter.default for name, parameter in known.items()}
     kinds = {name: parameter.kind for name, parameter in known.items()}
-    check_parameters({'__annotations__': kinds, **defaults, **given})
+    return check_parameters({'__annotations__': kinds, **defaults, **given})
 
 
 def as_sentence(
@@ -109,9 +115,10 @@ def run_notebook(
                 str(template.path), str(made), parameters=parameters, **kernel, **show
             )
         except DeadKernelError:
+            less = ' (a smaller micro needs less)' if 'micro' in template.parameters else ''
             raise RuntimeError(
-                "The notebook's process was killed, often for lack of memory (a smaller batch "
-                'needs less): the same command goes on from what is finished.'
+                f"The notebook's process was killed, often for lack of memory{less}: "
+                'the same command goes on from what is finished.'
             ) from None
         except papermill.PapermillExecutionError as e:
             raise as_sentence(e, name) from None
@@ -219,6 +226,25 @@ def store(
     fill_folder(folder, fill, check=lambda place: None)  # the old report stays until then
 
 
+def place_of_run(
+    name: str,  # of a template
+    scale: str,
+    own: dict,  # parameters that were given, name -> value
+) -> Path:
+    "The folder of a report's run; one with parameters of its own has a folder of its own"
+    which = f'-{digest(json.dumps(own, sort_keys=True)):016x}' if own else ''
+    return repo_root() / 'runs' / f'{name}-{scale}{which}'
+
+
+def clear(work: Path):
+    "Delete what a run left; a report that lies beside it stays until the new one is whole"
+    for path in work.iterdir():
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        elif path.name != 'report':
+            shutil.rmtree(path)
+
+
 def report(
     name: str,  # of a template
     scale: str = 'full',  # 'full' (the defaults), 'smoke' or 'paper': a section of its YAML file
@@ -226,17 +252,20 @@ def report(
 ) -> Path:  # the report's folder
     "Run a template and store it with its results and figures, without weights"
     given = {**scale_parameters(name, scale), **parameters}
-    work = repo_root() / 'runs' / f'{name}-{scale}'
+    refuse(
+        'out_dir' in parameters,
+        'A report has a folder of its own: leave out out_dir, or run the notebook with `mope run`.',
+    )
+    whole = check_given(Template(name), given)
+    work = place_of_run(name, scale, {key: whole[key] for key in parameters})
     official = scale == 'full' and not parameters
     folder, started = reports_dir() / name if official else work / 'report', time.time()
-    odd = outdated(work)
-    if odd:
-        print(f'{name}: {odd[0]} changed since an earlier run, which is not used.', flush=True)
-        shutil.rmtree(work)
-    defaults = {key: p.default for key, p in Template(name).parameters.items()}
-    if others := differing(parameters_of_run(work), {**defaults, **given}):
-        print(f'{name}: an earlier run had {others[0]} and is not used.', flush=True)
-        shutil.rmtree(work)
+    if odd := outdated(work):
+        print(f'{name}: {odd[0]} changed since an earlier run, which is deleted.', flush=True)
+        clear(work)
+    if others := differing(parameters_of_run(work), whole):
+        print(f'{name}: an earlier run had {others[0]} and is deleted.', flush=True)
+        clear(work)
     run_notebook(name, work / f'{name}.ipynb', {**given, 'out_dir': str(work)})
     store(name, work, folder, scale, started)
     if official:
