@@ -105,6 +105,7 @@ BAD = dict(
     unknown_task=(dict(task='imagenet'), "Unknown task 'imagenet'"),
     rate=(dict(lr=-1.0), 'lr is a learning rate above 0'),
     less_than_a_batch=(dict(pairs_depth=4), 'pairs_seen is 4, less than one batch of 64'),
+    too_few_to_repair=(dict(images_repaired=5), 'Repair needs at least 10 images, not 5'),
     keep_out_of_range=(dict(keep_width=1.5), 'above 0 and at most 1, not 1.5'),
     coco_without_data=(dict(task='coco'), 'dataset_coco.json'),
     data_root_missing=(

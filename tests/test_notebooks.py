@@ -188,3 +188,50 @@ def test_your_model_runs_on_a_folder_of_photos(tmp_path):
     assert {row['stage'] for row in results['rows']} >= {'whole model', 'searched, repaired'}
     made = {path.name for path in (tmp_path / 'out').iterdir()}
     assert made >= {'model', 'deploy', 'heads.csv', 'answers.png', 'intervals.png', 'models.csv'}
+
+
+WRONG = [
+    ('30_pretrain', dict(images_repaired=5), 'Repair needs at least 10 images, not 5'),
+    ('30_pretrain', dict(precision='fp8'), "precision is 'auto', 'fp32' or 'bf16', not 'fp8'"),
+    ('30_pretrain', dict(lr_scratch=-1.0), 'lr is a learning rate above 0, not -1.0'),
+    ('30_pretrain', dict(tasks=['a/pets', 'b/pets']), 'labelled sets are called pets'),
+    ('30_pretrain', dict(labelled_sets=['colour', 'my/colour']), 'sets are called colour'),
+    ('60_your_model', dict(images_repaired=5), 'Repair needs at least 10 images, not 5'),
+    ('60_your_model', dict(macs=1.5), 'above 0 and below 1, not 1.5'),
+    ('60_your_model', dict(queries=['a cat', 5]), 'texts to search for, not 5'),
+]
+
+
+@pytest.mark.parametrize('name, given, sentence', WRONG)
+def test_what_is_wrong_is_said_before_a_model_is_loaded(name, given, sentence, tmp_path):
+    import yaml
+
+    (tmp_path / 'given.yaml').write_text(yaml.safe_dump(dict(given, model='no-such-model')))
+    words = [ROOT / 'nbs' / f'{name}.ipynb', tmp_path / 'out.ipynb', '-f', tmp_path / 'given.yaml']
+    place = '-p', 'out_dir', tmp_path / 'out'
+    r = run(sys.executable, '-m', 'papermill', *words, *place, cwd=tmp_path, fresh=False)
+    assert r.returncode != 0
+    assert sentence in r.stderr.strip().splitlines()[-1], r.stderr[-1500:]
+
+
+def test_a_folder_of_ones_own_is_a_labelled_set_of_the_pretraining_stage(tmp_path):
+    import yaml
+    from PIL import Image
+
+    from mope_clip.clip import tiny_clip
+
+    tiny_clip().save(tmp_path / 'tiny')
+    for name, colour in (('cat', 'red'), ('dog', 'blue')):
+        (tmp_path / 'my' / 'pets' / name).mkdir(parents=True)
+        for k in range(2):
+            Image.new('RGB', (40, 40), colour).save(tmp_path / 'my' / 'pets' / name / f'{k}.png')
+    sizes = dict(images_scored=8, images_watched=8, images_evaluated=4, pairs_distil=8, batch=8)
+    given = dict(sizes, batch_scratch=8, times_scratch=1, metric='magnitude', repair=False)
+    given |= dict(model=str(tmp_path / 'tiny'), tasks=['openmoji'], corpora=['openmoji-corpus'])
+    given |= dict(labelled_sets=[str(tmp_path / 'my' / 'pets')], out_dir=str(tmp_path / 'out'))
+    (tmp_path / 'given.yaml').write_text(yaml.safe_dump(given))
+    words = [NBS / '30_pretrain.ipynb', tmp_path / '30.ipynb', '-f', tmp_path / 'given.yaml']
+    r = run(sys.executable, '-m', 'papermill', *words, cwd=tmp_path, fresh=False)
+    assert r.returncode == 0, r.stderr[-3000:]
+    rows = json.loads((tmp_path / 'out' / 'results.json').read_text())['rows']
+    assert {row['task'] for row in rows} == {'openmoji', 'pets'}

@@ -485,6 +485,12 @@ def test_a_place_given_to_a_run_is_meant_from_where_it_is_given(tmp_path, monkey
     assert from_here('tasks', ['photos', 'openmoji']) == [here, 'openmoji']
     same = [('task', 'coco'), ('task', 'hf://me/art'), ('model', 'ViT-B-32'), ('z', 'photos')]
     assert all(from_here(name, value) == value for name, value in same)
+    (tmp_path / 'imagenet').mkdir()
+    assert from_here('labelled_sets', ['photos', 'imagenet', 'gone']) == [here, 'imagenet', 'gone']
+    for pattern in ('photos/*.tar', 'photos/{000..003}.tar', '{0..3}.tar'):
+        assert from_here('corpora', [pattern]) == [str(tmp_path / pattern)]
+    assert from_here('corpora', ['gone/{0..3}.tar']) == ['gone/{0..3}.tar']
+    assert from_here('models', 'kept') == str(tmp_path / 'kept'), 'it will be made there'
 
 
 def test_a_comparison_knows_the_columns_of_its_set():
@@ -501,15 +507,17 @@ def test_a_comparison_leaves_out_broken_pictures_where_it_is_told_to(tmp_path):
     from mope_clip.report.templates import Template
 
     lines = ['image,caption,split']
-    for k, pair in enumerate(synth_pairs(6)):
+    for k, pair in enumerate(synth_pairs(12)):
         pair['image'].save(tmp_path / f'{k}.png')
-        lines.append(f'{k}.png,{pair["captions"][0]},test')
+        lines.append(f'{k}.png,{pair["captions"][0]},{"test" if k < 6 else "train"}')
     (tmp_path / '2.png').write_bytes((tmp_path / '2.png').read_bytes()[:60])
     (tmp_path / 'captions.csv').write_text('\n'.join(lines), encoding='utf-8')
     given = dict(task=str(tmp_path), images_evaluated=6)
     with pytest.raises(ValueError, match='skip_unreadable'):
         Material(Comparison(**given)).tested()
-    assert len(Material(Comparison(**given, skip_unreadable=True)).tested()) == 5
+    patient = Material(Comparison(**given, skip_unreadable=True))
+    assert len(patient.tested()) == 5
+    assert patient.train_pairs().max_broken == 1.0
     for name in ('20_finetune', '30_pretrain', '54_gallery', '60_your_model'):
         assert 'skip_unreadable' in Template(name).parameters, 'what the message advises is there'
 

@@ -182,7 +182,8 @@ class Material:
             each = math.ceil(seen / len(CORPORA))
             return InTurn([stream_pairs(c, start=unseen_scenes(c, each)) for c in CORPORA])
         start = unseen_scenes(self.task, seen)
-        return stream_pairs(self.task, 'train', start=start, **self.data)
+        broken = dict(max_broken=1.0) if self.shared.skip_unreadable else {}
+        return stream_pairs(self.task, 'train', start=start, **self.data, **broken)
 
     @cached_property
     def calibration(self):
