@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from conftest import run
 from PIL import Image
+from samples import write_shard
 
 from mope_clip.cli import COMMANDS, main
 from mope_clip.cli.notebooks import value_of
@@ -279,7 +280,7 @@ def test_scores_are_a_table_and_what_is_finished_stands_beside_it(place):
     assert out.endswith('35 modules scored by mope\nscores:  s.parquet\n')
     table = pd.read_parquet('s.parquet')
     assert (len(table), table.attrs['mope']['images']) == (5 * (4 + 2 + 1), 8)
-    assert list((place / 's').rglob('*.parquet'))
+    assert list((place / 's.parquet-run').rglob('*.parquet'))
 
 
 def test_another_metric_takes_the_options_that_it_has(place):
@@ -391,10 +392,112 @@ def test_scores_of_another_model_are_noted(pruned, monkeypatch):
         ('export small --format onnx --pad', 'ONNX has room'),
         ('export small --format hf --opset 23', '--opset is for ONNX'),
         ('export small --format onnx --opset 9', 'the exporter writes 18 to 24'),
+        ('export small --format hf --data-root x --images 7', '--data-root and --images are for'),
+        ('export small --format onnx --images 7', 'without --task: leave out --images'),
+        ('trim tiny --texts words.txt --task coco', 'those of --texts: leave out --task'),
+        ('score tiny --batch 0', '--batch is a whole number from 1 on, not 0'),
+        ('distill small --batch 0', '--batch is a whole number from 1 on, not 0'),
+        ('repair small --batch -1', '--batch is a whole number from 1 on, not -1'),
+        ('evaluate small --batch 0', '--batch is a whole number from 1 on, not 0'),
+        ('evaluate small --no-retrieval --images -4', '--images is a whole number from 1 on'),
+        ('evaluate small --no-retrieval --columns {}', 'looked at: leave out --columns'),
+        ('search tiny --calibration-images 0 --scores s.parquet', '--calibration-images is a'),
+        (
+            'search tiny --scores s.parquet --macs .5 --calibration-images 5',
+            'Repair needs at least 10 images',
+        ),
+        (
+            'search tiny --scores s.parquet --macs .5 --calibration-split test',
+            'reported on the split test: search on --split validation',
+        ),
+        ('search tiny --scores s.parquet --macs .5 --split test', 'reported on the split test'),
+        ('distill small --teacher tiny --split test', 'learn from --split train'),
+        ('repair small --teacher tiny --split final', 'repair on --split train'),
+        ('score tiny --split test', 'or pass --allow-test'),
+        ('score tiny --metric hessian', 'choose one of mope, '),
+        (
+            'score tiny --metric magnitude --z nonsense --modules head --images 7',
+            'mean nothing to the metric magnitude: leave out --z, --modules, --images.',
+        ),
+        ('repair small --teacher-pretrained openai', 'without --teacher: name both'),
+        ('distill small --teacher-pretrained openai', 'without --teacher: name both'),
     ],
 )
 def test_what_would_go_wrong_is_refused_before_the_work(line, sentence, pruned):
     assert sentence in refused(line)
+
+
+@pytest.mark.parametrize(
+    'line, out',
+    [
+        ('score tiny --metric magnitude', 'tiny/model.safetensors'),
+        ('evaluate tiny --no-retrieval', 'tiny/config.json'),
+        ('search tiny --scores s.parquet --macs .5', 'notes'),
+    ],
+)
+def test_a_file_that_another_has_written_is_not_overwritten(line, out, scored):
+    (scored / 'notes.json').write_text('{"mine": 1}')
+    file = scored / ('notes.json' if out == 'notes' else out)
+    before = file.read_bytes()
+    assert 'was not written by this command' in refused(f'{line} --out {out}')
+    assert file.read_bytes() == before
+
+
+def test_a_file_of_the_same_command_is_replaced(place):
+    for line in (
+        'score tiny --metric magnitude --out m.parquet',
+        'evaluate tiny --images 8 --out n',
+    ):
+        done(line), done(line)
+    (place / 'odd.json').mkdir()
+    search = 'search tiny --scores m.parquet --macs .5'
+    assert 'odd.json cannot be written (it is a folder)' in refused(f'{search} --out odd')
+
+
+def test_what_is_kept_of_scoring_is_in_nobodys_way(place):
+    tiny_clip().save(place / 'm')
+    before = sorted(path.name for path in (place / 'm').iterdir())
+    for out in ('m.parquet', 'table'):  # beside a model of the same name, and without an ending
+        done(f'score m --images 8 --groups 2 --out {out}')
+        assert len(pd.read_parquet(place / out)) and (place / f'{out}-run').is_dir()
+    assert sorted(path.name for path in (place / 'm').iterdir()) == before
+
+
+def test_a_metric_without_a_batch_of_ones_choice_takes_its_own(place, monkeypatch):
+    asked = []
+
+    def score_by(metric, clip, pairs, **options):
+        asked.append(options)
+        return pd.DataFrame(dict(score=[1.0]))
+
+    monkeypatch.setattr('mope_clip.metrics.score_by', score_by)
+    done('score tiny --metric masks --images 8')
+    done('score tiny --metric masks --images 8 --batch 4 --out other.parquet')
+    assert [options.get('batch') for options in asked] == [None, 4] and 'batch' not in asked[0]
+
+
+def test_what_is_kept_lies_beside_a_result_however_it_is_written(tmp_path, monkeypatch):
+    from mope_clip.cli.registry import beside
+
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert beside('~/out', '-run') == tmp_path / 'out-run'
+    assert beside('.', '-run') == tmp_path.with_name(f'{tmp_path.name}-run')
+    assert beside('a/..', '-run').name == f'{tmp_path.name}-run'
+
+
+def test_recovery_keeps_its_checkpoints_at_home(pruned, monkeypatch):
+    monkeypatch.setenv('HOME', str(pruned / 'home'))
+    done(f'{DISTILL}=~/student')
+    assert sorted(path.name for path in (pruned / 'home').iterdir()) == ['student', 'student-run']
+
+
+def test_a_corpus_is_looked_at_before_it_is_learned_from(tmp_path, monkeypatch):
+    monkeypatch.setenv('MOPE_CLIP_DATA', str(tmp_path))
+    assert 'cc3m is not there. cc3m: fetch' in refused('distill no-model --task cc3m')
+    (tmp_path / 'cc3m').mkdir()
+    write_shard(tmp_path / 'cc3m' / '00000.tar', [1, 2])
+    assert "Unknown model 'no-model'" in refused('distill no-model --task cc3m')
 
 
 def test_a_table_that_is_none_is_refused(place):
@@ -565,6 +668,18 @@ def test_bad_parameter_is_refused_before_a_kernel_starts(tmp_path):
     assert 'Traceback' not in r.stderr and not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parametrize(
+    'line, sentence',
+    [
+        ('run 60_your_model -p QUERIES ["a"]', "Unknown parameter 'QUERIES': the parameters are"),
+        ('run 30_pretrain -p tasks 5', 'tasks must be of type list'),
+        ('report 20_finetune -p out_dir mine', 'leave out out_dir, or run the notebook with'),
+    ],
+)
+def test_parameters_are_checked_before_anything_is_done(line, sentence):
+    assert sentence in refused(line)
+
+
 def test_error_inside_a_notebook_is_one_sentence(tmp_path):
     r = process('run', '20_finetune', '-p', 'keep_depth', '0', '-p', 'out_dir', tmp_path / 'run')
     assert r.returncode == 1 and 'above 0 and at most 1, not 0' in r.stderr
@@ -589,7 +704,7 @@ def test_the_pipeline_from_end_to_end(tmp_path):
     table = pd.read_parquet(tmp_path / 'scores.parquet')
     assert len(table) == 5 * (4 + 4 + 1)
     assert (table.attrs['mope']['split'], table.attrs['mope']['images']) == ('validation', 12)
-    kept = sorted((tmp_path / 'scores').rglob('*.parquet'))
+    kept = sorted((tmp_path / 'scores.parquet-run').rglob('*.parquet'))
     before = [path.stat().st_mtime_ns for path in kept]
     do(score)  # taken from the store
     assert before and before == [path.stat().st_mtime_ns for path in kept]

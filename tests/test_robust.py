@@ -884,7 +884,10 @@ def test_a_run_holds_its_folder_while_it_works(tiny, tmp_path):
         pass
 
 
-@pytest.mark.parametrize('name', ['score', 'distill', 'report', 'export'])
+KEEPING = 'score', 'distill', 'report', 'repair', 'search'
+
+
+@pytest.mark.parametrize('name', [*KEEPING, 'lessons', 'export'])
 def test_ctrl_c_is_one_sentence_that_says_what_is_kept(name, monkeypatch, capsys):
     from dataclasses import replace
 
@@ -894,11 +897,12 @@ def test_ctrl_c_is_one_sentence_that_says_what_is_kept(name, monkeypatch, capsys
         raise KeyboardInterrupt
 
     monkeypatch.setitem(COMMANDS, name, replace(COMMANDS[name], action=stopped))
-    words = dict(score=['m'], distill=['m'], report=['20'], export=['m', '--format', 'hf'])
-    assert main([name, *words[name]]) == 130
+    words = dict(export=['m', '--format', 'hf'], search=['m', '--scores', 's'], lessons=[])
+    assert main([name, *words.get(name, ['m'])]) == 130
     said = capsys.readouterr().err
     assert said.startswith('mope: stopped. ') and said.count('\n') == 1
-    assert ('the same command goes on' in said) == (name != 'export')
+    assert ('the same command goes on' in said) == (name in KEEPING)
+    assert ('Nothing was written' in said) == (name == 'export')
 
 
 @pytest.mark.parametrize('command', ['evaluate', 'score'])

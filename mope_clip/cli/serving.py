@@ -10,13 +10,16 @@ import argparse
 from pathlib import Path
 
 from mope_clip.cli.registry import (
+    PAIRS,
     check_out,
     command,
     data_arguments,
     load_named,
     look_at_data,
     model_arguments,
+    off_default,
     pairs_named,
+    refuse_unread,
 )
 
 # %% ../../nbs/08bb_serving.ipynb #a7b45443
@@ -53,6 +56,8 @@ def trim(options: argparse.Namespace) -> str:
     "A model with a smaller vocabulary"
     from mope_clip.pruners import trim_vocabulary
 
+    if options.texts:
+        refuse_unread(options, PAIRS, 'The texts are those of --texts')
     check_out(options.out, model=options.model)
     texts = texts_of(options)
     trim_vocabulary(load_named(options), texts).save(options.out)
@@ -87,8 +92,10 @@ def check_export(options: argparse.Namespace):
 
     if options.format == 'onnx':
         refuse(options.pad, '--pad is for open_clip and hf: ONNX has room for uneven models.')
+        if not options.task:
+            refuse_unread(options, PAIRS, 'No pairs are looked at without --task')
         return
-    given = [f'--{name}' for name, usual in FOR_ONNX.items() if getattr(options, name) != usual]
+    given = off_default(options, [*FOR_ONNX, *(name for name in PAIRS if name not in FOR_ONNX)])
     verb = 'is' if len(given) == 1 else 'are'
     refuse(given, f'{" and ".join(given)} {verb} for ONNX: leave it out.')
 
