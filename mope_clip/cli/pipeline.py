@@ -253,7 +253,8 @@ def distill(options: argparse.Namespace) -> str:
     check_split(options.split, 'learn from --split train')
     look_at_data(options)
     student = load_named(options)
-    teacher = teacher_for(options.task, options.teacher or '', options.teacher_pretrained or '')
+    named = options.teacher or '', options.teacher_pretrained or ''
+    teacher = teacher_for(options.task, *named, device=options.device)
     where = dict(root=options.data_root, columns=options.columns)
     if options.skip_unreadable:  # a stream passes them over, and stops where they are many
         where['max_broken'] = 1.0

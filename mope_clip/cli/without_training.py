@@ -56,7 +56,8 @@ def repair(options: argparse.Namespace) -> str:
     check_split(options.split, 'repair on --split train')
     look_at_data(options)
     student = load_named(options)
-    teacher = teacher_for(options.task, options.teacher or '', options.teacher_pretrained or '')
+    named = options.teacher or '', options.teacher_pretrained or ''
+    teacher = teacher_for(options.task, *named, device=options.device)
     pairs = pairs_named(options)
     looks = dict(images=options.images, captions=options.captions)
     machine = dict(batch=options.batch, memory=options.memory)
@@ -100,12 +101,19 @@ def search_arguments(parser: argparse.ArgumentParser):
 def search(options: argparse.Namespace) -> str:
     "The specification that a search finds, and the model"
     from mope_clip.clip import prune, read_spec, save_spec
+    from mope_clip.data.files import refuse
+    from mope_clip.data.parallel import launched
     from mope_clip.pruners import repair as mended
     from mope_clip.pruners import search as spread
     from mope_clip.pruners.repair import check_repair
     from mope_clip.pruners.search import the_budget
     from mope_clip.pruners.streams import Calibration
 
+    refuse(
+        launched()[1] > 1,
+        'A search is the work of one process: start it without torchrun, and recover its result '
+        'with as many as there are.',
+    )
     kind, budget = the_budget(macs=options.macs, params=options.params, latency=options.latency)
     check_out(options.out, model=options.model)
     check_file(beside(options.out, '.json'), read_spec)

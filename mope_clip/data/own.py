@@ -21,13 +21,13 @@ from .files import as_pairs, refuse
 from .folders import EXTENSIONS
 from .hub import is_hf, load_hf, open_hf
 from .pictures import is_data
+from .places import find_pictures
 from .scenes import TASKS
 from .sources import read_tar, shards_of
 from .splits import cut, lacking_of, split_named, splits_of
 from mope_clip.data.tables import (
     ENDINGS,
     entries_of,
-    find_pictures,
     is_table,
     mapping_of,
     read_rows,

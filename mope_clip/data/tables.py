@@ -6,7 +6,7 @@
 __all__ = ['USUAL_NAMES', 'DIVIDERS', 'ENDINGS', 'LARGEST_FIELD', 'FLICKR8K', 'SPREADSHEETS', 'usual_columns', 'utf8_of',
            'lines_of', 'dialect_of', 'fields_of', 'divider_of', 'rows_of_lines', 'rows_of_fields', 'rows_of_coco',
            'rows_of_karpathy', 'rows_of_json', 'read_rows', 'is_missing', 'told_in', 'mapping_of', 'entries_of',
-           'folders_around', 'places_of', 'find_pictures', 'is_table', 'tables_of']
+           'is_table', 'tables_of']
 
 # %% ../../nbs/01ka_tables.ipynb #88a01a77
 import ast
@@ -310,76 +310,6 @@ def entries_of(
                 f'{table} puts {name} {said} ({entry[what]}, {known[what]}): leave it in one.',
             )
     return list(found.values())
-
-# %% ../../nbs/01ka_tables.ipynb #78379f65
-def folders_around(
-    base: Path,  # of a set
-) -> list:  # of paths
-    "Where pictures may lie: in its folder, the folders in it, and those in these"
-    inside = [path for path in sorted(base.iterdir()) if path.is_dir() and is_data(path)]
-    deeper = [
-        path
-        for folder in inside[:50]
-        for path in sorted(folder.iterdir())
-        if path.is_dir() and is_data(path)
-    ]
-    return [base, *inside, *deeper[:200]]
-
-
-def places_of(
-    split: str,  # in any of the usual words; '' where nothing is said
-    base: Path,  # the folder of the table
-    whole: Path,  # that of the set
-) -> tuple:  # of lists of paths: the likely ones, and those of other splits
-    "Where the pictures of a split may lie, the nearest first"
-    around = [*dict.fromkeys([*folders_around(base), *folders_around(whole)])]
-    own = split_named(split)
-
-    def of_another(folder: Path) -> bool:
-        said = {split_named(part) for part in folder.parts[len(whole.parts) :]} - {''}
-        return bool(own and said and own not in said)
-
-    others = [folder for folder in around if of_another(folder)]
-    return [folder for folder in around if folder not in others], others
-
-
-def find_pictures(
-    names: list,  # as a table has them
-    base: Path,  # the folder of the table
-    whole: Path | None = None,  # that of the set; None: the same
-    splits: list | None = None,  # one a name; None: nothing is said
-) -> list:  # of paths
-    "The files of pictures; `FileNotFoundError` names what is nowhere, `ValueError` addresses"
-    web = [name for name in names if re.match(r'https?://', name)]
-    refuse(
-        web,
-        f'{base} names addresses and no files ({few(web, 1)}): fetch the pictures first, with '
-        'img2dataset (output_format webdataset).',
-    )
-    found, missing = [], []
-    places, last = {}, {}  # of a split: where its pictures may be, and where the last one was
-    for name, split in zip(names, splits or [''] * len(names), strict=True):
-        file = name.replace('\\', '/')
-        folder = last.get(split, base)
-        if not (folder / file).is_file():
-            if split not in places:
-                places[split] = places_of(split, base, whole or base)
-            likely, others = places[split]
-            there = (place for place in (*likely, *others) if (place / file).is_file())
-            folder = next(there, None)
-            if folder in likely:
-                last[split] = folder
-        if folder is None:
-            missing.append(name)
-        else:
-            found.append(folder / file)
-    refuse(
-        missing,
-        f'{len(missing)} of {len(names)} pictures are not in {base} or its folders: '
-        f'{few(missing)}. Put them beside the table, or correct the names.',
-        FileNotFoundError,
-    )
-    return found
 
 # %% ../../nbs/01ka_tables.ipynb #cd8a6b6f
 def _columns_in_json(path: Path) -> list:
