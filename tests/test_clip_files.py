@@ -23,6 +23,7 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from mope_clip.clip import (
+    Clip,
     PruneSpec,
     build_clip,
     load_clip,
@@ -981,6 +982,44 @@ def test_open_clips_own_vocabulary_is_named_where_it_is_used(small, tmp_path):
     assert stored['tokenizer'] == 'ViT-B-32'
 
 
+def with_own_words(**text):
+    "A small model with open_clip's own vocabulary, cleaned as its configuration says"
+    config = small_config(49408, context=12)
+    config['model_cfg']['text_cfg'].pop('hf_tokenizer_name')
+    config['model_cfg']['text_cfg']['tokenizer_kwargs'] = text
+    return build_clip(config, open_clip.SimpleTokenizer(context_length=12, **text))
+
+
+@pytest.mark.parametrize('write', [Clip.save, save_open_clip])
+def test_open_clips_own_vocabulary_is_cleaned_as_before(write, tmp_path):
+    clip, said = with_own_words(clean='canonicalize'), ['a "red", Square!', "It's_one."]
+    for name in ('once', 'twice'):
+        write(clip, tmp_path / name)
+        back = load_clip(tmp_path / name, device='cpu')
+        assert torch.equal(back.tokenizer(said), clip.tokenizer(said))
+        clip = back
+    clip.save(tmp_path / 'saved')
+    assert torch.equal(load_clip(tmp_path / 'saved').tokenizer(said), clip.tokenizer(said))
+
+
+@pytest.mark.parametrize('write', [Clip.save, save_open_clip])
+@pytest.mark.parametrize(
+    'options, sentence',
+    [
+        (dict(clean='whitespace'), "another cleaning, 'lower': put dict(clean='whitespace')"),
+        (dict(reduction_mask='simple'), 'drops words of long texts'),
+    ],
+)
+def test_open_clips_own_vocabulary_is_refused_where_it_would_not_come_back(
+    write, options, sentence, tmp_path
+):
+    clip = with_own_words()
+    clip.tokenizer = open_clip.SimpleTokenizer(context_length=12, **options)
+    with says(ValueError, sentence):
+        write(clip, tmp_path / 'm')
+    assert not (tmp_path / 'm').exists()
+
+
 def test_a_tokenizer_that_cannot_be_saved_is_refused(small, tmp_path):
     small.tokenizer = lambda texts: None
     with says(ValueError, 'A function cannot be saved with the model'):
@@ -1178,6 +1217,23 @@ def test_a_pruned_model_has_no_place_in_open_clips_format(small, tmp_path):
         save_open_clip(small, tmp_path / 'dense')
 
 
+@pytest.mark.parametrize('prepared', [None, dict(antialias=True, mean=None, std=[0.5] * 3)])
+def test_a_preparation_that_open_clip_passes_over_is_saved_without(prepared, tiny, pairs, tmp_path):
+    save_open_clip(tiny, tmp_path / 'm')
+    file = tmp_path / 'm/open_clip_config.json'
+    settings = json.loads(file.read_text(encoding='utf-8'))
+    settings.pop('preprocess_cfg')
+    if prepared:
+        settings['preprocess_cfg'] = prepared
+    file.write_text(json.dumps(settings), encoding='utf-8')
+    clip = load_clip(tmp_path / 'm', device='cpu')
+    picture = pairs['image'][0]
+    for write in (save_open_clip, Clip.save):
+        write(clip, tmp_path / write.__name__)
+        back = load_clip(tmp_path / write.__name__, device='cpu')
+        assert torch.equal(back.preprocess(picture), clip.preprocess(picture))
+
+
 def test_folders_that_hold_no_model_or_no_weights_are_refused(tiny, tmp_path):
     with says(FileNotFoundError, 'no open_clip_config.json'):
         load_clip(tmp_path)
@@ -1263,6 +1319,15 @@ def test_a_request_that_would_end_in_random_weights_is_refused():
         load_clip('no/such')
     with says(FileNotFoundError, 'neither a file nor a tag of ViT-B-32; its tags are openai'):
         load_clip('ViT-B-32', 'epoch_3.pt')
+
+
+def test_weights_that_would_not_be_read_are_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_open_clip(tiny, tmp_path / 'ViT-B-32')
+    for name in (tmp_path / 'ViT-B-32', 'ViT-B-32', 'local-dir:ViT-B-32', 'hf-hub:some/body'):
+        with says(ValueError, "pretrained='openai' would not be read: leave pretrained out"):
+            load_clip(name, 'openai')
+    assert load_clip('ViT-B-32', '', device='cpu').config['name'] == 'ViT-B-32'
 
 
 def test_a_gpu_that_is_not_there_is_said_before_anything_is_read():

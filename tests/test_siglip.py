@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from contextlib import chdir
 
@@ -16,7 +17,7 @@ from transformers import AutoModel, AutoProcessor, SiglipConfig, SiglipModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from zoo import WORDS, in_small, small_clip
 
-from mope_clip.clip import load_clip, prune, shape_of, whole_spec
+from mope_clip.clip import load_clip, prune, save_open_clip, shape_of, weights_hash, whole_spec
 from mope_clip.clip.siglip import cfg_from_siglip, from_siglip
 from mope_clip.clip.timm import SiglipShape, know_siglip
 from mope_clip.data import synth_pairs
@@ -146,6 +147,30 @@ def test_what_is_saved_is_read_bit_for_bit_in_a_new_process(clip, tmp_path):
         assert torch.equal(text, small.encode_text(ids))
 
 
+def test_an_open_clip_folder_of_it_is_read_in_a_new_process(clip, tmp_path):
+    save_open_clip(clip, tmp_path / 'teacher', torch.float32)
+    code = (
+        'from mope_clip.clip import load_clip, weights_hash\n'
+        "print(weights_hash(load_clip('teacher', device='cpu')))\n"
+    )
+    r = run(sys.executable, '-c', code, cwd=tmp_path)
+    assert r.returncode == 0, r.stderr[-2000:]
+    assert r.stdout.split() == [weights_hash(clip)]
+
+
+@pytest.mark.parametrize('said', [None, {}, dict(size=32), dict(size=None)])
+def test_pictures_are_squashed_where_its_folder_does_not_say_how(said, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / 'model')
+    file = tmp_path / 'model/preprocessor_config.json'
+    file.unlink()
+    if said is not None:
+        file.write_text(json.dumps(said))
+    told = load_clip(tmp_path / 'model', device='cpu').config['preprocess_cfg']
+    assert told == dict(
+        mean=[0.5] * 3, std=[0.5] * 3, interpolation='bicubic', resize_mode='squash'
+    )
+
+
 def test_clip_benchmark_takes_what_is_left_of_it(clip):
     pairs = synth_pairs(64)
     distinct = pairs.select(sorted(first_of_each_caption(pairs).values()))
@@ -262,6 +287,7 @@ def test_the_folder_tells_that_padding_is_read(clip, tmp_path):
     told = json.loads((tmp_path / 'model/sentence_bert_config.json').read_text())
     assert told['processing_kwargs'] == dict(text=dict(padding='max_length'))
     assert json.loads((tmp_path / 'model/modules.json').read_text())[0]['path'] == ''
+    export_hf(clip, tmp_path / 'model')  # it may be replaced
 
 
 def test_fewer_words_go_there_too(clip, tmp_path):

@@ -6,23 +6,26 @@
 __all__ = ['SETTINGS', 'TOKENIZER_FILES', 'FORMAT', 'NOT_FOR_OTHERS', 'PRECISIONS', 'OWN', 'OPEN_CLIP_WEIGHTS',
            'PREPARATION_FILES', 'CONVERTED', 'SIGLIP_PREPARATION', 'settings_hash', 'write_json', 'saved_config',
            'in_precision', 'save_clip', 'check_saved', 'seal', 'saved_frame', 'fill_saved', 'load_saved',
-           'save_open_clip', 'open_clip_weights', 'open_clip_config', 'load_open_clip_folder', 'hf_words',
-           'load_hf_folder', 'load_folder', 'load_known_folder']
+           'check_open_clip', 'save_open_clip', 'open_clip_weights', 'open_clip_config', 'load_open_clip_folder',
+           'siglip_preparation', 'hf_words', 'load_hf_folder', 'load_folder', 'load_known_folder']
 
 # %% ../../nbs/02h_folders.ipynb #fb48ab39
 import hashlib
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import open_clip
 import torch
+from open_clip.transform import PreprocessCfg
 
 from .convert import from_hf, preprocess_from_hf
 from .model import Clip, build_clip, prune, weights_hash
 from .readme import LOAD_OPEN_CLIP, LOAD_OURS, readme
 from .siglip import from_siglip, parse_siglip
 from .spec import PruneSpec, full_spec, spec_hash
-from .tokenizers import load_tokenizer, refuse_code, tokenizer_options
+from .timm import know_siglip
+from .tokenizers import check_own, load_tokenizer, refuse_code, tokenizer_options
 from .tokens import is_own, write_tokenizer
 from mope_clip.clip.trust import (
     check_base_sizes,
@@ -93,13 +96,12 @@ def saved_config(clip: Clip) -> dict:
         'spec': clip.spec.plain(),
         'weights': weights_hash(clip),
     }
+    check_own(clip.tokenizer, clip.config)
     if not hasattr(clip.tokenizer, 'save_pretrained') and not config.get('tokenizer'):
-        usual = is_own(clip.tokenizer) and clip.tokenizer.clean_fn.__name__ == '_clean_lower'
-        kind = type(clip.tokenizer).__name__
         refuse(
-            not usual or clip.tokenizer.reduction_fn,
-            f'{"A" if not is_own(clip.tokenizer) else "This"} {kind} cannot be saved with the '
-            'model: name an open_clip model with the same tokenizer in clip.config["tokenizer"].',
+            not is_own(clip.tokenizer),
+            f'A {type(clip.tokenizer).__name__} cannot be saved with the model: '
+            'name an open_clip model with the same tokenizer in clip.config["tokenizer"].',
         )
         config['tokenizer'] = 'ViT-B-32'  # open_clip's own vocabulary
     return config
@@ -247,14 +249,10 @@ OPEN_CLIP_WEIGHTS = (
 )
 
 
-def save_open_clip(
-    clip: Clip,  # dense
-    folder: Path,
-    dtype: torch.dtype = torch.float16,  # how weights are stored
+def check_open_clip(
+    clip: Clip,  # that is to be written for open_clip
 ):
-    "Write a dense model, tokenizer included, in open_clip's own folder format; `ValueError`"
-    from safetensors.torch import save_file
-
+    "`ValueError` for a model that open_clip's own folder format has no room for"
     if spec_hash(clip.spec) != spec_hash(full_spec(clip.spec.base)):
         raise ValueError(
             "open_clip's format has no room for a pruned model: use clip.save(folder)."
@@ -264,6 +262,18 @@ def save_open_clip(
             "open_clip's format of a CoCa has its decoder, which was left out: "
             'use clip.save(folder).'
         )
+    check_own(clip.tokenizer, clip.config)
+
+
+def save_open_clip(
+    clip: Clip,  # dense
+    folder: Path,
+    dtype: torch.dtype = torch.float16,  # how weights are stored
+):
+    "Write a dense model, tokenizer included, in open_clip's own folder format; `ValueError`"
+    from safetensors.torch import save_file
+
+    check_open_clip(clip)
 
     def write(new: Path):
         weights = {
@@ -271,7 +281,8 @@ def save_open_clip(
             for name, x in unwrap(clip.model.state_dict()).items()
         }
         save_file(weights, new / OPEN_CLIP_WEIGHTS[0])
-        settings = {name: clip.config[name] for name in ('model_cfg', 'preprocess_cfg')}
+        prepared = clip.config.get('preprocess_cfg') or {}
+        settings = dict(model_cfg=clip.config['model_cfg'], preprocess_cfg=prepared)
         write_json(settings, new / 'open_clip_config.json', indent=2)
         write_tokenizer(clip.tokenizer, new)
         page = readme(clip, LOAD_OPEN_CLIP, 'open_clip')
@@ -307,12 +318,16 @@ def open_clip_config(folder: Path) -> dict:  # {'model_cfg', 'preprocess_cfg', .
     tokenizer_options(cfg['text_cfg'], str(file))
     refuse_code(folder)
     check_sizes(cfg, shapes_in(weights), str(folder))
-    return config
+    given = config.get('preprocess_cfg') or {}
+    known = {field.name for field in fields(PreprocessCfg)}  # open_clip passes over what is not
+    prepared = {name: x for name, x in given.items() if name in known and x is not None}
+    return {**config, 'preprocess_cfg': prepared}
 
 
 def load_open_clip_folder(folder: Path, device: str) -> Clip:
     "A folder of open_clip's; `FileNotFoundError` without weights, `ValueError` where damaged"
     place, config = f'local-dir:{folder}', open_clip_config(folder)
+    know_siglip(config['model_cfg']['vision_cfg'].get('timm_model_name'))
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(place, device=device)
     except RuntimeError as e:
@@ -332,6 +347,13 @@ PREPARATION_FILES = 'preprocessor_config.json', 'processor_config.json'
 CONVERTED = dict(clip=from_hf, siglip=from_siglip)  # Hugging Face's model_type -> what reads it
 # where the file of a SigLIP says nothing
 SIGLIP_PREPARATION = dict(do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+
+def siglip_preparation(given: dict, side: int) -> dict:
+    "A preparation of Hugging Face's with what goes without saying for a SigLIP: a square"
+    size = given.get('size') or side
+    square = dict(height=size, width=size) if isinstance(size, int) else size
+    return {**SIGLIP_PREPARATION, **given, 'size': square}
 
 
 def hf_words(
@@ -364,11 +386,12 @@ def load_hf_folder(folder: Path, config: dict, device: str) -> Clip:
     prepared = read_json(files[0]) if files else {}
     cfg['text_cfg'] |= hf_words(folder, kind, cfg['text_cfg'])
     prepared, side = prepared.get('image_processor', prepared), cfg['vision_cfg']['image_size']
-    usual = SIGLIP_PREPARATION if kind == 'siglip' else {}
+    if kind == 'siglip':
+        prepared = siglip_preparation(prepared, side)
     settings = dict(
         name=folder.name,
         model_cfg=cfg,
-        preprocess_cfg=preprocess_from_hf({**usual, **prepared}, side),
+        preprocess_cfg=preprocess_from_hf(prepared, side),
         tokenizer='ViT-B-32',
     )
     clip = build_clip(settings, load_tokenizer(folder, settings))

@@ -217,10 +217,15 @@ def load_clip(
 ) -> Clip:
     "A model ready to evaluate; `FileNotFoundError` or `ValueError` names what is missing"
     name, device = str(name), device_of(device)
-    if name.startswith('hf-hub:'):
+    on_hub = name.startswith('hf-hub:')
+    path = in_data(Path(name.removeprefix('local-dir:')).expanduser())
+    refuse(
+        pretrained and (on_hub or path.exists()),
+        f'{name} {"" if on_hub else "is here and "}has weights of its own, so that '
+        f'pretrained={str(pretrained)!r} would not be read: leave pretrained out.',
+    )
+    if on_hub:
         path = from_hub(name.removeprefix('hf-hub:'))
-    else:
-        path = in_data(Path(name.removeprefix('local-dir:')).expanduser())
     if path.is_file() and path.suffix in TEXTS:
         raise ValueError(f'{path} is no model but a file of one: pass its folder, {path.parent}.')
     if path.is_dir():

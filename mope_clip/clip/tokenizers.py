@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKENIZER_OPTIONS', 'PLAIN', 'tokenizer_options', 'refuse_code', 'named_tokenizer', 'quiet_transformers',
-           'load_tokenizer', 'check_ids']
+           'load_tokenizer', 'check_own', 'check_ids']
 
 # %% ../../nbs/02ga_tokenizers.ipynb #867157c1
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from pathlib import Path
 import open_clip
 import torch
 
-from .tokens import is_copy
+from .tokens import is_copy, is_own
 from ..data.files import first_line, read_json, refuse
 
 # %% ../../nbs/02ga_tokenizers.ipynb #c5bdc88e
@@ -119,7 +119,33 @@ def load_tokenizer(
             f'{folder} has no tokenizer_config.json and names none of open_clip for it: '
             'copy the files of the tokenizer there.'
         )
-    return named_tokenizer(config['tokenizer'], length)
+    tokenizer = named_tokenizer(config['tokenizer'], length)
+    if is_own(tokenizer) and 'clean' in options:
+        tokenizer.clean_fn = open_clip.tokenizer.get_clean_fn(options['clean'])
+    return tokenizer
+
+# %% ../../nbs/02ga_tokenizers.ipynb #745bd065
+def check_own(
+    tokenizer: object,  # of a model
+    config: dict,  # of the model
+):
+    "`ValueError` for open_clip's own tokenizer where its configuration would make another of it"
+    text = config['model_cfg']['text_cfg']
+    if not is_own(tokenizer) or text.get('hf_tokenizer_name'):
+        return
+    kind, clean = type(tokenizer).__name__, tokenizer.clean_fn.__name__.removeprefix('_clean_')
+    said = (text.get('tokenizer_kwargs') or {}).get('clean', 'lower')
+    refuse(
+        tokenizer.reduction_fn,
+        f'This {kind} cannot be saved with the model, since it drops words of long texts: '
+        'give the model one without reduction_mask.',
+    )
+    refuse(
+        clean != said,
+        f'This {kind} cannot be saved with the model, since its configuration says another '
+        f'cleaning, {said!r}: put dict(clean={clean!r}) as tokenizer_kwargs into '
+        'clip.config["model_cfg"]["text_cfg"].',
+    )
 
 # %% ../../nbs/02ga_tokenizers.ipynb #a253b9a5
 def check_ids(

@@ -196,6 +196,7 @@ def write_atomic(
 # %% ../../nbs/01b_files.ipynb #69502872
 FILES_OF_MODELS = (
     '*.safetensors',
+    '*.safetensors.index.json',
     '*.onnx',
     '*.onnx.data',
     'config.json',
@@ -204,11 +205,15 @@ FILES_OF_MODELS = (
     'tokenizer*.json',
     'special_tokens_map.json',
     'added_tokens.json',
+    'chat_template.jinja',
     'vocab.json',
     'vocab.txt',
     'spiece.model',
     'tokenizer.model',
+    'sentencepiece.bpe.model',
     'merges.txt',
+    'modules.json',
+    'sentence_bert_config.json',
     'made_by.json',
     'preprocess_cfg.json',
     'check.json',
