@@ -1665,6 +1665,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'mope_clip.pruners.export.onnx_program': ( 'export.html#onnx_program',
                                                                                      'mope_clip/pruners/export.py'),
                                           'mope_clip.pruners.export.probe': ('export.html#probe', 'mope_clip/pruners/export.py'),
+                                          'mope_clip.pruners.export.refuse_saved': ( 'export.html#refuse_saved',
+                                                                                     'mope_clip/pruners/export.py'),
                                           'mope_clip.pruners.export.trace': ('export.html#trace', 'mope_clip/pruners/export.py')},
             'mope_clip.pruners.fidelity': { 'mope_clip.pruners.fidelity.beyond': ('fidelity.html#beyond', 'mope_clip/pruners/fidelity.py'),
                                             'mope_clip.pruners.fidelity.compare_forms': ( 'fidelity.html#compare_forms',

@@ -18,7 +18,15 @@ from conftest import run, uneven_tiny
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
-from mope_clip.clip import TOWERS, build_clip, load_clip, small_config, tiny_clip, weights_hash
+from mope_clip.clip import (
+    TOWERS,
+    build_clip,
+    load_clip,
+    save_open_clip,
+    small_config,
+    tiny_clip,
+    weights_hash,
+)
 from mope_clip.clip.readme import prepared
 from mope_clip.data import synth_pairs
 from mope_clip.distill import distill, train
@@ -203,6 +211,27 @@ def test_a_folder_to_deploy_is_replaced_and_no_other(small, tmp_path):
         export_onnx(small, tmp_path / 'served', check=False)
 
 
+@pytest.mark.parametrize('write', [export_onnx, export_hf, export_open_clip])
+def test_no_form_replaces_the_model_that_it_is_made_of(write, tmp_path):
+    clip = tiny_clip()
+    clip.save(tmp_path / 'saved')
+    with pytest.raises(ValueError, match='saved holds a saved model, which would be lost'):
+        write(clip, tmp_path / 'saved')
+    assert weights_hash(load_clip(tmp_path / 'saved', device='cpu')) == weights_hash(clip)
+    save_open_clip(clip, tmp_path / 'teacher')
+    if write is export_open_clip:
+        write(clip, tmp_path / 'teacher')
+        (tmp_path / 'teacher/made_by.json').write_text('{}')
+    with pytest.raises(ValueError, match='teacher holds a saved model'):
+        write(clip, tmp_path / 'teacher')
+
+
+def test_files_lie_where_they_are_said_to(small, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (file,) = export_onnx(small, '~/served', ('text',), check=False).values()
+    assert file == tmp_path / 'served/textual/model.onnx' and file.is_file()
+
+
 def test_large_weights_alone_stand_in_a_file_of_their_own(small, tmp_path, monkeypatch):
     towers = ('vision',)
     export_onnx(small, tmp_path / 'small', towers, check=False)
@@ -360,6 +389,23 @@ def test_limits_of_the_recall(lost, said, small):
     found = compare_forms(small, turned_by(small, 0))
     found['recall'] = dict(before={}, after={}, lost=lost)
     assert verdict(found) == said
+
+
+def test_one_caption_of_an_image_may_be_a_string(small, pairs):
+    own = [captions[0] for captions in pairs['captions']]
+    one = pairs.remove_columns('captions').add_column('captions', own)
+    found = compare_forms(small, turned_by(small, 0), one)
+    assert found['items'] == dict(images=24, captions=24)
+
+
+def test_a_model_that_was_being_trained_is_compared_as_it_is_used():
+    config = copy.deepcopy(tiny_clip().config)
+    config['model_cfg']['vision_cfg']['patch_dropout'] = 0.5
+    clip = build_clip(config, tiny_clip().tokenizer)
+    forms = turned_by(clip.copy(), 0)
+    clip.model.train()
+    assert compare_forms(clip, forms)['cosine']['vision']['lowest'] > 0.9999
+    assert clip.model.training
 
 
 def test_embeddings_that_are_no_numbers_are_too_coarse(small):

@@ -23,6 +23,7 @@ from mope_clip.pruners.export import (
     check_onnx,
     identity,
     onnx_program,
+    refuse_saved,
 )
 from .fidelity import compare_forms, judge
 from .weights import WEIGHTS, store_weights
@@ -155,6 +156,9 @@ def export_onnx(
         'The model has no tokenizer, so that it cannot read the captions of pairs: leave them out.',
     )
 
+    folder = Path(folder).expanduser()
+    refuse_saved(folder)
+
     def write(new: Path):
         files = {
             tower: write_tower(clip, tower, new / FOLDERS[tower], weights, opset, batch)
@@ -168,4 +172,4 @@ def export_onnx(
         (new / 'README.md').write_text(page, encoding='utf-8')
 
     write_folder(folder, write)
-    return {tower: Path(folder) / FOLDERS[tower] / 'model.onnx' for tower in towers}
+    return {tower: folder / FOLDERS[tower] / 'model.onnx' for tower in towers}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRAPH_NAMES', 'OPSETS', 'probe', 'check_same', 'trace', 'Normalized', 'as_served', 'identity', 'GraphNames',
-           'onnx_program', 'OnnxTower', 'check_onnx', 'check_installed']
+           'onnx_program', 'OnnxTower', 'check_onnx', 'check_installed', 'refuse_saved']
 
 # %% ../../nbs/05h_export.ipynb #d02a5f62
 import json
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from ..clip import Clip, spec_hash, weights_hash
 from ..clip.layouts import traceable
 from ..clip.readme import prepared
-from ..data.files import refuse
+from ..data.files import read_json, refuse
 
 # %% ../../nbs/05h_export.ipynb #406eb054
 def probe(
@@ -202,3 +202,18 @@ def check_installed(
         raise ImportError(
             f"{' and '.join(missing)} cannot be imported: pip install 'mope_clip[{extra}]'"
         )
+
+
+def refuse_saved(
+    folder: Path,  # that a form of a model is to be written into
+    own: str = 'config.json',  # the configuration that this form has
+):
+    "`ValueError` where a folder holds a model as it was saved, which another form would replace"
+    folder = Path(folder).expanduser()
+    kept = {'open_clip_config.json', 'made_by.json'} - {own}
+    file = folder / 'config.json'
+    ours = file.is_file() and read_json(file).get('library') == 'mope_clip'
+    refuse(
+        ours or any((folder / name).is_file() for name in kept),
+        f'{folder} holds a saved model, which would be lost: choose another folder.',
+    )

@@ -13,6 +13,7 @@ import torch
 
 from ..clip import TOWERS, Clip
 from ..clip.folders import in_precision
+from ..data.columns import captions_of
 from ..data.files import refuse
 from ..evaluate.recall import encode, images_of, owners, ranks, recalls
 from .export import probe
@@ -31,7 +32,7 @@ def items_of(
         for first in range(0, len(pairs), batch):
             yield images_of(clip, pairs['image'][first : first + batch])
     else:
-        texts = [caption for own in pairs['captions'] for caption in own]
+        texts = [caption for own in captions_of(pairs) for caption in own]
         yield from clip.tokenizer(texts).split(batch)
 
 
@@ -50,7 +51,8 @@ def compare_forms(
     pairs=None,  # with columns image, captions; None: noise, and no recall
 ) -> dict:  # {'items', 'cosine', 'recall'}
     "How far another form of a model is from its single precision"
-    exact = clip if clip.dtype == torch.float32 else in_precision(clip, 'fp32')
+    exact = in_precision(clip, 'fp32')
+    exact.model.eval()
     ours, theirs = {}, {}
     for tower, form in forms.items():
         parts = [(encode(exact, tower, x), form(x)) for x in items_of(exact, tower, pairs)]
@@ -58,7 +60,7 @@ def compare_forms(
     cosine = {tower: turned(ours[tower], theirs[tower]) for tower in forms}
     out = dict(items='noise', cosine=cosine, recall=None)
     if pairs is not None:
-        captions = list(pairs['captions'])
+        captions = captions_of(pairs)
         out['items'] = dict(images=len(captions), captions=sum(map(len, captions)))
         if set(forms) == set(TOWERS):
             before, after = (

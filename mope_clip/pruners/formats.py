@@ -20,7 +20,7 @@ from ..clip.to_hugging_face import hf_config_and_weights, preprocess_to_hf
 from ..clip.tokenizers import quiet_transformers
 from ..clip.tokens import write_tokenizer
 from ..data.files import read_json, refuse, write_folder
-from .export import check_same, probe
+from .export import check_same, probe, refuse_saved
 
 # %% ../../nbs/05i_formats.ipynb #107a4891
 def not_plain(clip: Clip) -> list:  # of phrases, empty where all fits
@@ -30,11 +30,13 @@ def not_plain(clip: Clip) -> list:  # of phrases, empty where all fits
         tower = clip.tower(name)
         if tower.kept_whole:
             continue
-        full = tower.width // tower.blocks[0].head_dim
-        for layer, (heads, *_) in enumerate(layers):
-            if heads < full:
-                out.append(f'{name} layer {layer} has {heads} of {full} heads')
-        sizes = [neurons for _, neurons, *_ in layers]
+        base, sizes = clip.spec.base[name], []
+        for layer, (heads, neurons, *pooler) in enumerate(layers):
+            full = base['pooler'] if pooler else base
+            if heads < full['heads']:
+                out.append(f'{name} layer {layer} has {heads} of {full["heads"]} heads')
+            if full['neurons'] == base['neurons']:  # a pooler may be made with another number
+                sizes.append(neurons)
         if len(set(sizes)) > 1 or not sizes[0]:
             out.append(f'the {name} layers have {", ".join(map(str, sizes))} neurons')
     return out
@@ -78,6 +80,7 @@ def export_open_clip(
         'tower of that name: write it for Hugging Face (export_hf, --format hf), or keep the '
         'folder of clip.save.',
     )
+    refuse_saved(folder, 'open_clip_config.json')
     save_open_clip(plain(clip, pad), folder, dtype)
 
 # %% ../../nbs/05i_formats.ipynb #efaca21c
@@ -157,6 +160,7 @@ def export_hf(
     pad: bool = False,  # fill removed heads and neurons with zeros
 ):
     "Write a folder for `transformers`, with preprocessing and a tokenizer of its kind"
+    refuse_saved(folder)
     flat = plain_for_hf(clip, pad)
     model, siglip = hf_model(flat), is_siglip(clip.config['model_cfg'])
     side = model.config.vision_config.image_size

@@ -58,13 +58,17 @@ def check_servable(clip: Clip, rank: str):
         "'layer'.",
     )
     for tower, base in clip.spec.base.items():
-        kept = getattr(clip.spec, tower).values()
+        kept = [
+            (units, base if layer < base['layers'] else base['pooler'])
+            for layer, units in getattr(clip.spec, tower).items()
+        ]
         refuse(
-            any(len(layer['heads']) < base['heads'] for layer in kept),
+            any(len(units['heads']) < full['heads'] for units, full in kept),
             f'The {tower} tower has lost heads, which no stock server has a place for: start '
             'from the model before that.',
         )
-        sizes = sorted({len(layer['neurons']) for layer in kept})
+        alike = (units for units, full in kept if full['neurons'] == base['neurons'])
+        sizes = sorted({len(units['neurons']) for units in alike})
         refuse(
             len(sizes) > 1,
             f'The layers of the {tower} tower have {" and ".join(map(str, sizes))} neurons, and '
