@@ -1234,6 +1234,13 @@ def test_a_preparation_that_open_clip_passes_over_is_saved_without(prepared, tin
         assert torch.equal(back.preprocess(picture), clip.preprocess(picture))
 
 
+def test_weights_of_several_types_are_refused_by_name(tiny):
+    half = tiny.copy().model
+    open_clip.model.convert_weights_to_lp(half)
+    with says(ValueError, 'weights of several types (float16, float32)'):
+        Clip(half, tiny.preprocess, tiny.tokenizer, tiny.config)
+
+
 def test_folders_that_hold_no_model_or_no_weights_are_refused(tiny, tmp_path):
     with says(FileNotFoundError, 'no open_clip_config.json'):
         load_clip(tmp_path)

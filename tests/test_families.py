@@ -21,6 +21,7 @@ from mope_clip.clip import (
     TOWERS,
     PruneSpec,
     both,
+    build_clip,
     compare,
     compose,
     draw_spec,
@@ -49,7 +50,11 @@ from mope_clip.pruners import (
     plan_depth,
     plan_width,
     stepwise,
+    trim_vocabulary,
 )
+from mope_clip.pruners.formats import not_plain
+from mope_clip.pruners.hub import model_card
+from mope_clip.pruners.servable import check_servable
 
 WITH_POOLER = ('ViT-B-16-SigLIP', 'PE-Core-B-16', 'PE-Core-bigG-14-448')
 CUT = (  # heads, neurons and layers may go
@@ -374,6 +379,52 @@ def test_a_text_tower_of_hugging_face_is_read_without_asking_the_hub(zoo, tmp_pa
     near(embeddings(back), embeddings(clip), by=0)
 
 
+def short_roberta():
+    "A text tower of Hugging Face that reads 20 tokens"
+    config = small_config('roberta-ViT-B-32')
+    config['model_cfg']['text_cfg']['context_length'] = 20
+    return build_clip(config, WORDS.tokenizer)
+
+
+def test_a_text_tower_of_hugging_face_reads_as_many_tokens_as_configured(zoo, tmp_path):
+    clip, longer = short_roberta(), zoo('roberta-ViT-B-32')
+    for each in (clip, clip.copy()):
+        assert each.text.noise(2).shape == (2, 20) and longer.text.tokens == 77
+    assert cost(clip)['text_macs'] < cost(longer)['text_macs'] / 3
+    export_onnx(clip, tmp_path / 'onnx', ('text',))  # checked in onnxruntime
+    assert '20 tokens' in (tmp_path / 'onnx/README.md').read_text()
+
+
+def test_a_card_of_a_text_tower_of_hugging_face_counts_it_on_both_sides(zoo):
+    macs = cost(short_roberta())['text_macs']
+    assert f'| {macs:,} | {macs:,} | 100% |' in model_card(short_roberta())
+
+
+def test_a_text_tower_of_hugging_face_loses_no_words(zoo):
+    clip = zoo('roberta-ViT-B-32')
+    spec = whole_spec(clip)
+    spec.vocabulary = [0, 1, 2]
+    for trim in (lambda: trim_vocabulary(clip, ['a']), lambda: prune(clip, spec)):
+        with pytest.raises(ValueError, match='is a HFTextEncoder, which keeps all of its tokens'):
+            trim()
+
+
+@pytest.mark.parametrize('options', [dict(), dict(embed_dim=64, num_heads=16)])
+@pytest.mark.parametrize('name', ['PE-Core-B-16', 'PE-Core-bigG-14-448'])
+def test_a_pooler_of_another_size_is_no_loss(zoo, name, options, tmp_path, monkeypatch):
+    clip = variant(monkeypatch, name, options, {})
+    clip.model.float()
+    check_servable(clip, 'layer')
+    assert not_plain(clip) == []
+    export_open_clip(clip, tmp_path / 'whole')
+    spec = whole_spec(clip)
+    spec.vision[3]['heads'] = spec.vision[3]['heads'][1:]
+    small = prune(clip, spec)
+    assert not_plain(small) == ['vision layer 3 has 7 of 8 heads']
+    with pytest.raises(ValueError, match='The vision tower has lost heads'):
+        check_servable(small, 'layer')
+
+
 def test_what_a_format_cannot_hold_is_said(zoo, tmp_path):
     siglip = zoo('ViT-B-16-SigLIP').copy()
     siglip.model.float()
@@ -563,6 +614,7 @@ REFUSED = dict(
     differential=('MobileCLIP2-L-14', dict(attn_layer='diff'), {}, 'DiffAttention'),
     refined=('ViT-B-16-SigLIP', dict(global_pool='prr'), dict(timm_pool='prr'), "pooling by 'prr'"),
     parallel=('MobileCLIP2-L-14', dict(block_fn=ParallelScalingBlock), {}, 'ParallelScalingBlock'),
+    no_bias=('MobileCLIP2-L-14', dict(proj_bias=False), {}, 'projections without bias'),
 )
 
 

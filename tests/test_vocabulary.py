@@ -45,7 +45,7 @@ from mope_clip.data import synth_pairs
 from mope_clip.distill import distill
 from mope_clip.evaluate import cost, spec_cost
 from mope_clip.pruners import export_hf, export_open_clip, trim_vocabulary
-from mope_clip.pruners.vocabulary import share_changed, unseen_share
+from mope_clip.pruners.vocabulary import share_changed, unseen_share, vocabulary_spec
 
 CORPUS = [
     'A red square left of a blue circle.',
@@ -471,6 +471,28 @@ def test_texts_that_are_none_are_refused(texts, sentence):
 def test_a_model_without_a_tokenizer_is_refused():
     with pytest.raises(ValueError, match='has no tokenizer'):
         trim_vocabulary(build_clip(tiny_clip().config, None), ['a'])
+
+
+def test_the_token_that_is_pooled_stays_whoever_knows_it():
+    clip = custom_tiny(pool_type='eos', eos_id=7)
+    assert 7 in vocabulary_spec(clip, ['a']).vocabulary
+    clip.tokenizer = None
+    with pytest.raises(ValueError, match=r'lacks the pooled token \(id 7\)'):
+        prune(clip, with_words([0, 1, 11], whole_spec(clip)))
+
+
+def test_ids_of_the_whole_vocabulary_are_refused_by_a_part():
+    clip = tiny_clip()
+    small = trim_vocabulary(clip, ['a'], log=lambda said: None)
+    with pytest.raises(ValueError, match='has token 11, and the model knows 0 to 3: make the ids'):
+        small.encode_text(clip.tokenizer(['a red square']))
+
+
+def test_the_file_alone_cuts_the_side_that_the_model_does():
+    tokenizer = word_piece()
+    tokenizer.tokenizer.truncation_side = 'left'
+    said = ' '.join(WORDS[:4])
+    assert alone(tokenizer).encode(said).ids == tokenizer([said])[0].tolist()
 
 
 def test_a_student_with_other_words_is_not_taught():

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .blocks import Block, Tower
 from .families import FAMILIES
-from .timm_blocks import READING, MapPooler, PostNormBlock, TimmBlock
+from .timm_blocks import READING, MapPooler, PostNormBlock, TimmBlock, writer
 from ..data.files import refuse
 
 # %% ../../nbs/02db_timm.ipynb #b227e3e3
@@ -138,6 +138,8 @@ def not_known(trunk: nn.Module) -> str | None:
         for part, known in zip(parts, (KNOWN, ATTENTIONS, READING), strict=True):
             if type(part).__name__ not in known:
                 return f'its {type(part).__name__}'
+        if block.attn.proj.bias is None or writer(block.mlp).bias is None:
+            return 'projections without bias'
         if getattr(block.attn, 'gate', None) is not None:
             return 'gated attention'
         if getattr(block.attn, 'num_kv_groups', 1) > 1:

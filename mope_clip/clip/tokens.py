@@ -114,15 +114,15 @@ def alone(
 
     out, length = backend(tokenizer), length or tokenizer.context_length
     if is_own(tokenizer):
-        pad = dict(pad_id=0, pad_token=tokenizer.decoder[0])
+        pad, side = dict(pad_id=0, pad_token=tokenizer.decoder[0]), 'right'
     else:
         inner = tokenizer.tokenizer
         pad = dict(pad_id=inner.pad_token_id, pad_token=inner.pad_token)
-        pad['direction'] = inner.padding_side
+        pad['direction'], side = inner.padding_side, inner.truncation_side
     steps, before = cleaning(tokenizer.clean_fn), out.normalizer
     if not begins_with(before, steps):  # as it does in a tokenizer that was written before
         out.normalizer = normalizers.Sequence([*steps, *([before] if before else [])])
-    out.enable_truncation(length)
+    out.enable_truncation(length, direction=side)
     out.enable_padding(length=length, **pad)
     return out
 

@@ -96,7 +96,7 @@ class WholeText(WholeTower):
     "A text tower of Hugging Face"
 
     name = 'text'
-    tokens = 77  # of a caption, as open_clip's tokenizers cut it
+    tokens = 77  # of a caption, where no configuration says how it is cut
 
     token_table = property(lambda self: self.net.transformer.get_input_embeddings().weight)
 

@@ -31,7 +31,10 @@ COSTS = dict(
 def base_cost(clip: Clip) -> dict:
     "What the base would cost, from its configuration, without its weights"
     with torch.device('meta'):
-        return cost(build_clip(clip.config, None))
+        base = build_clip(clip.config, None)
+    if clip.text.kept_whole:  # it is the same, and has to compute something to be counted
+        base.text.counted = clip.text.counted
+    return cost(base)
 
 # %% ../../nbs/05j_hub.ipynb #f32ff66f
 CARD = """---

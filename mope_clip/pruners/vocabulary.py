@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from ..clip import Clip, PruneSpec, prune, relative, whole_spec
+from ..clip.model import check_words, needed_words
 from ..clip.vocabulary import Needs, pieces_of
 from ..data.files import refuse
 
@@ -42,11 +43,13 @@ def vocabulary_spec(
     texts: Iterable,  # of str, or of lists of str
 ) -> PruneSpec:  # by position in `clip`
     "The whole model with the tokens that texts need, and what that means in its provenance"
+    check_words(clip)
     refuse(clip.tokenizer is None, 'The model has no tokenizer: its tokens mean nothing.')
     texts, needs = distinct_texts(texts), Needs(clip.tokenizer)
     needed = [needs.of(pieces) for pieces in pieces_of(clip.tokenizer, texts)]
     spec, size = whole_spec(clip), len(clip.text.token_table)
-    spec.vocabulary = [token for token in sorted(needs.always.union(*needed)) if token < size]
+    kept = needs.always.union(needed_words(clip).values(), *needed)
+    spec.vocabulary = [token for token in sorted(kept) if token < size]
     spec.provenance['vocabulary'] = dict(
         texts=len(texts),
         kept=len(spec.vocabulary),
