@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..clip import Clip, load_clip, save_open_clip
+from ..clip.folders import check_open_clip
 from ..data import stream_pairs
 from ..data.files import cache_dir, data_dir, refuse, write_atomic
 from ..data.parallel import processes
@@ -83,6 +84,7 @@ def finetune_teacher(
         start = load_clip(str(model), pretrained or None, device)
     else:
         start = embedded_teacher(device=device)
+    check_open_clip(start)  # what could not be kept is not trained
     log(f'Fine-tuning the teacher of {task}; a run that is cut off goes on from {work}.')
     pairs = stream_pairs(task, 'train', **(data or {}))
     options = dict(every=50) | options | dict(folder=work, log=log)

@@ -120,10 +120,11 @@ def one_budget(**budgets) -> dict:  # {kind: value}
 
 def check_wide(scores: pd.DataFrame):
     "`ValueError` where a table scores no heads and no groups, over which width can be spread"
+    scored = ', '.join(sorted(set(scores.module)))
     refuse(
         not {'head', 'ffn'} & set(scores.module),
-        'The table scores no heads and no FFN groups: give keep_depth below 1 and no other '
-        'budget, or score these too.',
+        f'The table scores {scored}s alone: give keep_depth below 1 and no other budget, or score '
+        'heads and FFN groups too.',
     )
 
 
