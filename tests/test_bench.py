@@ -122,6 +122,120 @@ def test_what_other_code_made_is_made_anew(tiny, tmp_path):
     )
 
 
+def test_a_piece_that_was_killed_before_it_was_kept_owes_its_numbers_to_both_attempts(tmp_path):
+    from mope_clip.data import synth_pairs
+    from mope_clip.report.comparison import Kept
+
+    kept, attempts = Kept(tmp_path), []
+    place = kept.place('texts', 'one')
+
+    def make(work):
+        if not (work / 'half').is_file():  # the second attempt finds it
+            synth_pairs(2)
+            (work / 'half').touch()
+        return 'a sentence'
+
+    def save(text, place):
+        attempts.append(text)
+        if len(attempts) == 1:
+            raise SystemExit('killed')
+        place.write_text(text, encoding='utf-8')
+
+    with pytest.raises(SystemExit):
+        kept.take(place, make, save, Path.read_text)
+    assert kept.take(place, make, save, Path.read_text) == 'a sentence'
+    assert any(name.endswith('.synth_pairs') for name in kept.code(place))
+    assert not list(tmp_path.rglob('*.run'))
+
+
+def test_what_is_half_replaced_has_no_record(tmp_path):
+    from mope_clip.data import synth_pairs
+    from mope_clip.report.comparison import Kept
+
+    kept = Kept(tmp_path)
+    place = kept.place('texts', 'one')
+
+    def made(save):
+        return kept.take(place, lambda work: synth_pairs(2), save, str)
+
+    def killed(pairs, place):
+        place.write_text('half', encoding='utf-8')
+        raise SystemExit('killed')
+
+    made(lambda pairs, place: place.touch())
+    record = place.with_suffix('.code.json')
+    other = dict.fromkeys(json.loads(record.read_text(encoding='utf-8')), 'other')
+    record.write_text(json.dumps(other), encoding='utf-8')
+    with pytest.raises(SystemExit):
+        made(killed)
+    assert not record.exists()
+
+
+def test_two_reports_make_a_piece_once_and_a_piece_may_need_another(tmp_path):
+    import threading
+    import time
+
+    from mope_clip.data import synth_pairs
+    from mope_clip.report.comparison import Kept
+
+    calls, took, begun, kept = [], [], threading.Event(), Kept(tmp_path)
+
+    def save(text, place):
+        place.write_text(text, encoding='utf-8')
+
+    def inner(work):
+        calls.append('inner')
+        begun.set()
+        time.sleep(0.3)
+        return str(len(synth_pairs(2)))
+
+    def outer(work):
+        calls.append('outer')
+        return kept.take(kept.place('inner', 1), inner, save, Path.read_text)
+
+    def report():
+        took.append(kept.take(kept.place('outer', 1), outer, save, Path.read_text))
+
+    threads = [threading.Thread(target=report) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        assert begun.wait(20)
+    for thread in threads:
+        thread.join(20)
+    assert took == ['2', '2'] and calls == ['outer', 'inner']
+
+
+def test_a_name_tells_other_pictures_and_sentences_apart():
+    from mope_clip.data import synth_pairs
+    from mope_clip.report.bench import all_of
+
+    pairs = synth_pairs(6)
+    columns = dict(pairs.to_dict(), image=list(pairs['image']))
+    images = [*columns['image'][:5], columns['image'][0]]  # only the last one is another
+    said = [*columns['captions'][:5], ['another sentence']]
+    repainted, retold = (
+        pairs.from_dict({**columns, **changed}, features=pairs.features)
+        for changed in (dict(image=images), dict(captions=said))
+    )
+    assert all_of(pairs) == all_of(synth_pairs(6)) == all_of(pairs)
+    assert len({all_of(p) for p in (pairs, synth_pairs(5), repainted, retold)}) == 4
+
+
+def test_what_learns_is_named_by_what_it_learns_from(tiny, tmp_path, monkeypatch):
+    from mope_clip.report import bench as room
+
+    b, names = bench_of(tiny, tmp_path), []
+    monkeypatch.setattr(b.kept, 'take', lambda place, *how: names.append(place))
+    for told in (b.learned_from, ['other pairs']):
+        b.loaded[b.task, b.stage, 'learned from'] = told
+        monkeypatch.setattr(room, 'told_of', lambda stream, told=told: told)
+        b.recover(tiny, 8)
+        b.scores(tiny, 'masks')
+        b.taught(tiny, 80)
+    assert len(set(names)) == 6
+    assert b.learned_from == ['other pairs'] != bench_of(tiny, tmp_path).learned_from
+
+
 def test_who_takes_what_is_kept_owes_its_numbers_to_the_same_code(tiny, tmp_path):
     from mope_clip.report.code import Recorder
 

@@ -77,6 +77,29 @@ def test_a_walk_is_kept(tiny, tmp_path, monkeypatch):
         bench.searched(table, dict(macs=0.6), evaluations=4)
 
 
+def test_a_walk_that_was_stopped_is_not_kept_and_goes_on(tiny, tmp_path, monkeypatch):
+    from mope_clip.pruners.search import SearchRun
+
+    bench, steps = bench_of(tiny, tmp_path / 'stopped', images_scored=12), []
+    table = bench.scores(tiny, groups=2)
+    whole = bench_of(tiny, tmp_path / 'whole', images_scored=12)
+    whole = whole.searched(table, dict(macs=0.6), evaluations=60)
+    one_look = SearchRun.one_look
+
+    def stopped(self):
+        steps.append(1)
+        if len(steps) == 15:
+            raise KeyboardInterrupt
+        one_look(self)
+
+    monkeypatch.setattr(SearchRun, 'one_look', stopped)
+    with pytest.raises(KeyboardInterrupt, match='ask again and it goes on'):
+        bench.searched(table, dict(macs=0.6), evaluations=60)
+    found = bench.searched(table, dict(macs=0.6), evaluations=60)
+    assert found.provenance['search']['evaluations'] == 60
+    assert (found.vision, found.text) == (whole.vision, whole.text), 'as if never stopped'
+
+
 # ---------------------------------------------------------------- from scratch, by courses
 
 

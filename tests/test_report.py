@@ -191,9 +191,9 @@ def test_prose_of_templates_has_its_decimals_from_results(name):
 
 
 def test_provenance_stops_no_run_outside_a_repository(toy_repo):
-    from mope_clip.report.provenance import provenance
+    from mope_clip.report.provenance import code_now, provenance
 
-    made = provenance('90_toy', time.time() - 60, [3], data=dict(test='0123abcd'))
+    made = provenance(code_now('90_toy'), time.time() - 60, [3], data=dict(test='0123abcd'))
     assert (made['commit'], made['dirty'], made['template_hash']) == ('', False, '')
     assert made['seeds'] == [3] and made['data'] == dict(test='0123abcd')
     assert {'versions', 'device', 'threads', 'cpus'} <= set(made)
@@ -441,6 +441,35 @@ def test_what_an_earlier_attempt_executed_stays_in_the_record(framed, monkeypatc
     capsys.readouterr()
     assert framed().recorder.functions()['mope_clip.data.files.digest'] == 'old'
     assert 'the report will be stale' in capsys.readouterr().out
+
+
+def test_what_was_entered_before_a_kill_is_in_the_record(framed, monkeypatch):
+    from mope_clip.data import synth_pairs
+
+    monkeypatch.setenv('JPY_SESSION_NAME', '90_toy.ipynb')
+    first = framed()
+    synth_pairs(4)  # and then it is killed: nothing is written any more
+    first.recorder.stop()
+    again = framed()
+    again.recorder.stop()
+    assert any(name.endswith('.synth_pairs') for name in again.recorder.functions())
+
+
+def test_what_is_put_on_the_disk_during_a_run_is_not_what_it_ran(framed, toy_repo, monkeypatch):
+    from mope_clip.report.comparison import Interval
+    from mope_clip.report.provenance import template_hash
+
+    monkeypatch.setenv('JPY_SESSION_NAME', '90_toy.ipynb')
+    was = template_hash('90_toy')
+    report = framed()
+    notebook, rules = (toy_repo / 'nbs' / f'90_toy.{ending}' for ending in ('ipynb', 'yaml'))
+    write_notebook(notebook, prose('# Toy'), code('images: int = 9', ['parameters']))
+    rules.write_text("rules:\n  'above-{other}': {says: 'another rule'}\n", encoding='utf-8')
+    assert template_hash('90_toy') != was
+    report.contrast('above-b', Interval(1, 0.5, 1.5), 'it is', more=1)
+    saved = json.loads(report.write().read_text(encoding='utf-8'))
+    assert saved['provenance']['template_hash'] == was
+    assert saved['claims'][0]['rule'] == 'above b on 4 images and 1'
 
 
 # ---------------------------------------------------------------- stored by the runner

@@ -211,6 +211,103 @@ def test_a_recorder_inside_another_hands_on_what_it_saw(library):
     assert len(outer.functions()) == 2
 
 
+FOUND = """
+from functools import cache
+
+from .units import SCALE
+
+
+def look(n):
+    return n + step()
+
+
+def step():
+    return 1
+
+
+@cache
+def table(n):
+    return look(n)
+
+
+def grown(n):
+    return n * 3
+
+
+SIDES = tuple(grown(n) for n in range(3))
+
+
+def used(n):
+    return table(n)
+
+
+def sides(n):
+    return SIDES[n]
+"""
+
+
+@pytest.fixture
+def found(library):
+    "The small library with a function that remembers, and a constant that an import computes"
+    (library / 'found.py').write_text(FOUND, encoding='utf-8')
+    return importlib.import_module('toy_library.found')
+
+
+def test_what_a_function_remembered_is_part_of_whoever_reads_it(library, found):
+    from mope_clip.report.code import Recorder
+
+    found.used(3)  # before anybody looks
+    with Recorder(library) as recorder:
+        found.used(3)
+    record = recorder.functions()
+    assert list(record) == ['toy_library.found.used']
+    assert after(library, record, 'found.py', 'n + step()', 'n - step()') == {'found.used'}
+    assert after(library, record, 'found.py', 'return 1', 'return 2') == {'found.used'}
+    assert after(library, record, 'found.py', 'n * 3', 'n * 4') == set()
+
+
+def test_what_an_import_computed_is_part_of_whoever_reads_it(library, found):
+    from mope_clip.report.code import Recorder
+
+    with Recorder(library) as recorder:
+        found.sides(2)
+    record = recorder.functions()
+    assert after(library, record, 'found.py', 'n * 3', 'n * 4') == {'found.sides'}
+    assert after(library, record, 'found.py', 'n + step()', 'n - step()') == set()
+
+
+def test_the_record_is_of_what_ran_and_not_of_what_lies_on_the_disk_at_its_end(library):
+    from mope_clip.report.code import Library, Recorder, changed
+
+    curves = importlib.import_module('toy_library.curves')
+    path = library / 'curves.py'
+    with Recorder(library) as recorder:
+        curves.elsewhere()
+        was = Library(library)
+        path.write_text(MODULES['curves.py'].replace('return 3', 'return 4'), encoding='utf-8')
+    record = recorder.functions()
+    assert changed(record, was) == []
+    assert changed(record, Library(library)) == ['toy_library.curves.elsewhere']
+
+
+def test_names_are_written_down_at_once_and_are_of_the_next_record_too(library, tmp_path):
+    from mope_clip.report.code import Recorder
+
+    curves, notes = importlib.import_module('toy_library.curves'), tmp_path / 'entered.txt'
+    killed = Recorder(library, notes).start()
+    curves.total(3)
+    for thread in (threading.Thread(target=curves.elsewhere) for _ in range(2)):
+        thread.start()
+        thread.join()
+    lines = notes.read_text(encoding='utf-8').split()  # as a process that is killed now leaves them
+    killed.stop()
+    assert len(set(lines)) == 5
+    with Recorder(library, notes) as recorder:
+        curves.refuse(False, '')
+    assert set(recorder.functions()) == set(lines)
+    assert all(recorder.functions().values())
+
+
 # ---------------------------------------------------------------- the library itself
 
 
@@ -303,3 +400,26 @@ def test_a_record_of_this_library_holds_as_long_as_it_stays():
 
     record = refused_load()
     assert len(record) > 1 and all(record.values()) and changed(record) == []
+
+
+def test_bars_and_locks_are_in_no_record(copied, tmp_path):
+    from mope_clip.data.locks import at_work
+    from mope_clip.data.progress import progress
+    from mope_clip.report.code import AT_START, Recorder
+
+    with Recorder() as recorder, at_work(tmp_path / 'piece'):
+        list(progress(range(2)))
+    assert recorder.functions() == {}
+    walk = 'mope_clip.pruners.search.SearchRun.walk'  # which has a bar
+    other = copied('mope_clip.data.progress.Progress', Recomputed())
+    assert other.digest != AT_START.digest
+    assert other.hash(walk) == AT_START.hash(walk) != ''
+
+
+def test_a_scene_depends_on_its_ground_and_its_drawings():
+    from mope_clip.report.code import AT_START
+
+    code = AT_START.code('mope_clip.data.facts.draw_scene')
+    assert 'def empty_ground(' in code and 'def _rasterise(' in code
+    code = AT_START.code('mope_clip.data.scenes.scene')
+    assert 'def _corpus_kinds(' in code and 'def street_captions(' not in code

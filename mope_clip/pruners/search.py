@@ -342,6 +342,7 @@ class SearchRun:
                         break
             except KeyboardInterrupt:
                 self.log('Stopped: the best so far is taken.')
+                self.path = None  # the file keeps the last step: asked again, the search goes on
         if self.descent:
             self.land()
         self.save()

@@ -20,7 +20,7 @@ from ..clip import Clip
 from ..data.files import refuse, write_atomic
 from ..data.own import name_of
 from ..distill import teacher_for
-from .code import Recorder, changed, recorder_on
+from .code import AT_START, Recorder, changed, recorder_on
 from .comparison import Comparison, Interval
 from .figures import save_figure, save_table, theme
 from .parameters import check_choice, check_parameters, check_positive, run_dir
@@ -77,6 +77,7 @@ class SetUp:
         self.parameters = check_parameters(namespace)
         self.name = name or template_of(namespace)
         self.template = Template(self.name)
+        _ = self.template.rules  # read now: those that count are what was there at the start
         self.check_counts()
         folder = self.parameters.get('out_dir', '')
         self.out = run_dir(self.name, name_of(self.task), folder, self.parameters)
@@ -95,9 +96,9 @@ class SetUp:
         "A recorder that knows what was executed before in this folder"
         if recorder_on():
             recorder_on().stop()  # of this cell, executed before in this session
-        recorder = Recorder()
+        recorder = Recorder(notes=self.out / f'entered-{AT_START.digest}.txt')
         recorder.kept.update(executed_before(self.out))
-        if odd := changed(recorder.kept):
+        if odd := changed(recorder.kept, AT_START):
             print(
                 f'{self.out} holds pieces made by other code ({odd[0]} changed since): they are '
                 'taken, and the report will be stale. For a fresh one delete that folder.'

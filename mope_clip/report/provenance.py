@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CREDIT', 'PACKAGES', 'STATES', 'template_hash', 'fingerprint', 'origin', 'credit', 'data_record', 'git', 'versions',
-           'peak_memory', 'provenance', 'why_stale', 'state_of', 'longest_run']
+           'peak_memory', 'code_now', 'provenance', 'why_stale', 'state_of', 'longest_run']
 
 # %% ../../nbs/07d_provenance.ipynb #fa37c9b3
 import hashlib
@@ -115,8 +115,20 @@ def peak_memory() -> int:  # bytes
     return peak if sys.platform == 'darwin' else 1024 * peak  # macOS counts bytes, Linux kilobytes
 
 # %% ../../nbs/07d_provenance.ipynb #9c382efc
-def provenance(
+def code_now(
     name: str,  # of the notebook
+) -> dict:  # plain types, for JSON
+    "What a run is made of, as it is on the disk: to be read when the run begins"
+    return dict(
+        commit=git('rev-parse', 'HEAD'),
+        dirty=bool(git('status', '--porcelain', '--', 'nbs', 'mope_clip')),
+        template_hash=template_hash(name),
+        versions=versions(),
+    )
+
+
+def provenance(
+    code: dict,  # of `code_now`, at the start of the run
     started: float,  # `time.time()` at its start
     seeds: list[int],
     functions: dict[str, str] | None = None,  # what was executed, of a `Recorder`
@@ -124,12 +136,9 @@ def provenance(
 ) -> dict:  # plain types, for JSON
     "Where, when and from what a result was made"
     return dict(
-        commit=git('rev-parse', 'HEAD'),
-        dirty=bool(git('status', '--porcelain', '--', 'nbs', 'mope_clip')),
-        template_hash=template_hash(name),
+        **code,
         functions=functions or {},
         seeds=list(seeds),
-        versions=versions(),
         device='cuda' if torch.cuda.is_available() else 'cpu',
         threads=torch.get_num_threads(),
         cpus=os.cpu_count(),

@@ -21,7 +21,7 @@ from ..data.columns import captions_of
 from ..data.files import read_json, refuse, write_atomic
 from ..evaluate import cost, encode_captions, encode_images, owners, ranks, recalls
 from ..metrics import HITS, contributions
-from .provenance import origin, provenance
+from .provenance import code_now, origin, provenance
 from .templates import Rule
 
 # %% ../../nbs/07e_results.ipynb #0e4a4ee9
@@ -92,6 +92,9 @@ class Results:
     claims: list[dict] = field(default_factory=list)
     started: float = field(default_factory=time.time)
 
+    def __post_init__(self):
+        self.code = code_now(self.name)  # and not when it ends, which may be hours later
+
     def add(
         self,
         clip: Clip,
@@ -157,7 +160,7 @@ class Results:
             rows=self.rows,
             cost=self.cost,
             claims=self.claims,
-            provenance=provenance(self.name, self.started, seeds, functions, data),
+            provenance=provenance(self.code, self.started, seeds, functions, data),
         )
         text = json.dumps(whole, indent=1) + '\n'
         path = Path(self.folder) / 'results.json'
