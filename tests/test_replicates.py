@@ -160,12 +160,98 @@ def test_another_teacher_is_made_once_and_kept(tiny, tmp_path, monkeypatch, caps
     assert 'seed 2 are made now' in capsys.readouterr().out
 
 
+def test_teachers_that_other_parameters_made_are_refused(tmp_path, monkeypatch):
+    from mope_clip.report import replicates
+    from mope_clip.report.templates import Template
+
+    monkeypatch.setenv('MOPE_CLIP_CACHE', str(tmp_path))
+    home = replicates.teacher_home(2)
+    home.mkdir(parents=True)
+    defaults = {name: p.default for name, p in Template('10_teacher').parameters.items()}
+    made = dict(defaults, seed=2)
+    del made['images_evaluated'], made['out_dir'], made['data_out'], made['retrain']
+    for width, seed in ((made['width'], 2), (64, 2), (made['width'], 1)):
+        record = dict(parameters=dict(made, width=width, seed=seed))
+        (home / 'teachers.json').write_text(json.dumps(record), encoding='utf-8')
+        if (width, seed) == (made['width'], 2):
+            replicates.check_teachers(home, 2)
+            continue
+        with pytest.raises(ValueError, match=r'made with .*: delete that folder'):
+            replicates.seeded_teacher(2, 'openmoji')
+
+
 def test_other_teachers_of_other_tasks_are_refused_before_an_hour_is_spent(monkeypatch):
     from mope_clip.report import replicates
 
     monkeypatch.setattr(replicates, 'run_notebook', lambda *args: pytest.fail('trained'))
     with pytest.raises(ValueError, match='made for openmoji alone'):
         replicates.seeded_teacher(1, 'openmoji-street')
+
+
+# ---------------------------------------------------------------- rates
+
+
+@pytest.mark.parametrize(
+    'rates, best, tried',
+    [
+        ([1, 2, 4], 2, [1, 2, 4]),
+        ([1, 2, 4], 9, [1, 2, 4, 8, 16]),
+        ([1, 2, 4], 0.8, [1, 2, 4, 0.5]),
+        ([1, 2, 4], 0, [1, 2, 4, 0.5, 0.25]),
+        ([1], 9, [1]),
+    ],
+)
+def test_a_grid_grows_where_its_end_is_best(rates, best, tried):
+    from mope_clip.report.replicates import over_rates
+
+    rows = over_rates(lambda rate: dict(rate=rate, r1=-abs(rate - best)), rates)
+    assert [row['rate'] for row in rows] == tried
+
+
+@pytest.mark.parametrize('name', ['56_without_training', '70_verdict', '72_how_long'])
+def test_at_paper_scale_coco_has_enough_validation_images(name):
+    from mope_clip.report.comparison import FIRST_CHOSEN
+    from mope_clip.report.templates import Template
+
+    template = Template(name)
+    given = {key: p.default for key, p in template.parameters.items()} | template.scale('paper')
+    draws = given.get('draws', 1) * given.get('teachers', 1)
+    needed = FIRST_CHOSEN + given['images_chosen'] + draws * given['images_scored']
+    assert max(needed, 2 * given['images_scored'] * (draws == 1)) <= 5000
+
+
+@pytest.mark.parametrize(
+    'name, changed, said',
+    [
+        (
+            '70_verdict',
+            dict(sizes=['half width, 3/4 depth']),
+            "must be one of 'half width', 'third",
+        ),
+        ('70_verdict', dict(depth_rivals=['fisher, across layers']), 'Parameter depth_rivals'),
+        ('70_verdict', dict(depths=[]), 'length of depths is 0'),
+        ('70_verdict', dict(macs=1.5), 'macs is 1.5, but must be between 0 and 1'),
+        ('71_pretraining_verdict', dict(size='quarter of the parameters'), 'Parameter size is'),
+    ],
+)
+def test_what_a_verdict_cannot_do_is_refused_at_once(name, changed, said, tmp_path):
+    from mope_clip.report.code import recorder_on
+    from mope_clip.report.templates import Template
+
+    template = Template(name)
+    known, cells = template.parameters, template.code
+    given = {key: p.default for key, p in known.items()} | template.scale('smoke') | changed
+    given |= dict(out_dir=str(tmp_path / 'run'), models=str(tmp_path / 'models'))
+    space = {**given, '__annotations__': {key: p.kind for key, p in known.items()}}
+    space['_ih'] = [template.parameters_cell]
+    first = cells.index(template.parameters_cell) + 1
+    try:
+        with pytest.raises(ValueError, match=said):
+            for cell in cells[first : first + 3]:  # the last of them checks
+                exec(cell, space)
+    finally:
+        if recorder_on():
+            recorder_on().stop()
 
 
 # ---------------------------------------------------------------- replicates
@@ -204,6 +290,25 @@ def test_a_fresh_model_has_a_scale_of_its_own(tiny):
         taught.model.logit_scale.fill_(3.5)
     assert from_scratch(taught).model.logit_scale == tiny.model.logit_scale
     assert from_scratch(taught, ('text',)).model.logit_scale == 3.5
+
+
+def test_no_teacher_began_with_the_weights_of_a_model_from_scratch(tiny, tmp_path, monkeypatch):
+    from mope_clip.report import roads
+
+    bench, from_scratch, seeds = bench_of(tiny, tmp_path), roads.from_scratch, []
+
+    def noted(clip, towers, seed):
+        seeds.append(seed)
+        return from_scratch(clip, towers, seed)
+
+    def recover(clip, pairs_seen, seed, **more):
+        seeds.append(seed)
+        return type(bench).recover(bench, clip, pairs_seen, seed, **more)
+
+    monkeypatch.setattr(roads, 'from_scratch', noted)
+    monkeypatch.setattr(bench, 'recover', recover)
+    bench.compress('scratch', 'half width', seed=3, times_scratch=1)
+    assert seeds == [1003, 1003]
 
 
 # ---------------------------------------------------------------- one interval
