@@ -290,12 +290,16 @@ def test_the_record_is_of_what_ran_and_not_of_what_lies_on_the_disk_at_its_end(l
     assert changed(record, Library(library)) == ['toy_library.curves.elsewhere']
 
 
-def test_names_are_written_down_at_once_and_are_of_the_next_record_too(library, tmp_path):
+def test_names_are_written_down_once_something_is_kept_and_are_of_the_next_record_too(
+    library, tmp_path, monkeypatch
+):
     from mope_clip.report.code import Recorder
 
+    monkeypatch.setattr('mope_clip.report.code.WRITERS', ('elsewhere',))
     curves, notes = importlib.import_module('toy_library.curves'), tmp_path / 'entered.txt'
     killed = Recorder(library, notes).start()
     curves.total(3)
+    assert not notes.exists()  # whoever refuses bad input leaves nothing
     for thread in (threading.Thread(target=curves.elsewhere) for _ in range(2)):
         thread.start()
         thread.join()

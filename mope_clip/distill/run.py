@@ -124,6 +124,7 @@ class Run:
             check_learnable(self.options.validation, 'validate on')
         self.step, self.start, self.history, self.saved = 0, 0, [], None
         self.spent = dict(seconds=0.0, cpu_seconds=0.0)  # before the run was cut off
+        self.clock = None  # from the first step on
         self.divergence = DivergenceCheck(recipe.diverged)
         self.batches = Batches(clip, pairs, recipe.batch, recipe.seed, recipe.workers, self.world)
         if hasattr(pairs, '__len__') and recipe.batch > len(pairs):
@@ -238,7 +239,7 @@ def save_checkpoint(run: Run, before: dict):
         random=run.world.collect(before['random']),
         divergence=before['divergence'],
         history=run.history,
-        spent=run.clock.spent(),
+        spent=run.clock.spent() if run.clock else run.spent,
         recipe=json.dumps(asdict(run.recipe)),
     )
     if run.world.main:
