@@ -311,6 +311,8 @@ def test_progress_needs_the_number_of_what_has_no_length(monkeypatch):
 def test_of_several_processes_one_shows_progress(monkeypatch):
     monkeypatch.setenv('MOPE_CLIP_PROGRESS', '1')
     monkeypatch.setenv('RANK', '1')
+    assert progress.where_shown() == 'log'  # a number that was left over
+    monkeypatch.setenv('WORLD_SIZE', '2')
     assert progress.where_shown() == 'nowhere'
     monkeypatch.setenv('RANK', '0')
     assert progress.where_shown() == 'log'
