@@ -375,6 +375,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mope_clip.clip.model.base_of': ('model.html#base_of', 'mope_clip/clip/model.py'),
                                       'mope_clip.clip.model.build_clip': ('model.html#build_clip', 'mope_clip/clip/model.py'),
                                       'mope_clip.clip.model.check_fits': ('model.html#check_fits', 'mope_clip/clip/model.py'),
+                                      'mope_clip.clip.model.check_one_device': ('model.html#check_one_device', 'mope_clip/clip/model.py'),
                                       'mope_clip.clip.model.check_vocabulary': ('model.html#check_vocabulary', 'mope_clip/clip/model.py'),
                                       'mope_clip.clip.model.check_words': ('model.html#check_words', 'mope_clip/clip/model.py'),
                                       'mope_clip.clip.model.class_of': ('model.html#class_of', 'mope_clip/clip/model.py'),

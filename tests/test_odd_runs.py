@@ -108,14 +108,10 @@ def test_a_home_folder_is_found_again(clip, pairs, tmp_path, monkeypatch):
 # ---- streams belong to who passes them
 
 
-def streams():
-    one = stream_pairs('openmoji', 'train')
-    yield one
-    yield InTurn([stream_pairs('openmoji', 'train'), stream_pairs('openmoji-street', 'train')])
-
-
-@pytest.mark.parametrize('stream', streams(), ids=['one', 'in turn'])
-def test_a_stream_that_is_passed_again_goes_on_and_is_not_moved(clip, stream, tmp_path):
+@pytest.mark.parametrize('tasks', [['openmoji'], ['openmoji', 'openmoji-street']])
+def test_a_stream_that_is_passed_again_goes_on_and_is_not_moved(clip, tasks, tmp_path):
+    several = [stream_pairs(task, 'train') for task in tasks]
+    stream = InTurn(several) if len(several) > 1 else several[0]
     recipe = Recipe(**SHORT)
     assert run_key(clip, stream, recipe) == run_key(clip, stream, recipe)
     place, how = stream.state_dict(), dict(SHORT, every=1, checkpoint_every=1)
@@ -193,6 +189,20 @@ def test_who_teaches_and_who_learns_are_on_one_device(clip, pairs):
     for call in (lambda: distill(clip, far, pairs, **SHORT), lambda: repair(clip, far, pairs)):
         with pytest.raises(ValueError, match='student is on cpu and the teacher on meta'):
             call()
+
+
+def test_each_process_has_a_card_that_is_there(monkeypatch):
+    from mope_clip.clip.load import device_of
+
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setenv('LOCAL_RANK', '7')
+    for asked in (None, 'cuda'):  # there is none here, as on a machine with fewer cards
+        with pytest.raises(ValueError, match='cuda:7'):
+            device_of(asked)
+    monkeypatch.setattr('mope_clip.clip.load.check_device', lambda name: None)
+    for rank, asked, found in (('1', 'cuda', 'cuda:1'), ('', None, 'cuda:0'), ('1', 'cpu', 'cpu')):
+        monkeypatch.setenv('LOCAL_RANK', rank)
+        assert device_of(asked) == found
 
 
 def test_a_teacher_is_the_same_however_it_is_computed():

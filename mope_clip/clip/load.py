@@ -193,10 +193,11 @@ def device_of(asked: str | None) -> str:
             f'device is {asked}, but PyTorch sees no GPU here: leave it out, or install a PyTorch '
             'with CUDA.'
         )
-    if asked:
-        check_device(str(asked))
-        return str(asked)
-    return f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if there else 'cpu'
+    name = str(asked or ('cuda' if there else 'cpu'))
+    if name == 'cuda':
+        name = f'cuda:{os.environ.get("LOCAL_RANK") or 0}'
+    check_device(name)
+    return name
 
 
 TEXTS = '.json', '.md', '.txt', '.yaml', '.yml'  # endings of files that hold no weights

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['layers_of', 'base_of', 'Upright', 'Clip', 'shape_of', 'whole_spec', 'poolers', 'check_fits', 'check_words',
-           'needed_words', 'check_vocabulary', 'prune', 'weights_hash', 'class_of', 'build_clip']
+           'needed_words', 'check_vocabulary', 'check_one_device', 'prune', 'weights_hash', 'class_of', 'build_clip']
 
 # %% ../../nbs/02g_model.ipynb #7effa5b9
 import hashlib
@@ -310,6 +310,15 @@ def check_vocabulary(
             f'The vocabulary lacks the {role} token (id {token}), which every text needs: keep '
             f'{" and ".join(map(str, lost.values()))} too.'
         )
+
+
+def check_one_device(student: Clip, teacher: Clip):
+    "`ValueError` where two models that work together are on two devices"
+    refuse(
+        student.device != teacher.device,
+        f'The student is on {student.device} and the teacher on {teacher.device}: load both with '
+        'one device=.',
+    )
 
 
 def prune(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..clip import Clip
+from ..clip.model import check_one_device
 from ..data.columns import captions_of
 from ..data.files import refuse
 from ..data.parallel import processes
@@ -114,11 +115,8 @@ class Run:
         pairs = own_stream(pairs)  # that of the caller may begin another run
         self.recipe, self.options = recipe, options or RunOptions()
         self.world = processes(clip.device)
-        refuse(
-            teacher and teacher.device != clip.device,
-            f'The student is on {clip.device} and the teacher on {teacher and teacher.device}: '
-            'load both with one device=.',
-        )
+        if teacher:
+            check_one_device(clip, teacher)
         check_learnable(pairs, 'learn from')
         if self.options.validation is not None:
             check_learnable(self.options.validation, 'validate on')

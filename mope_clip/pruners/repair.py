@@ -18,6 +18,7 @@ import torch.nn as nn
 
 from ..clip import TOWERS, Clip, weights_hash
 from ..clip.blocks import Tower
+from ..clip.model import check_one_device
 from ..data.columns import captions_of
 from ..data.files import refuse
 from ..data.parallel import processes
@@ -143,11 +144,7 @@ def check_repair(student: Clip, teacher: Clip, pairs, how: Calibration):
         places_in(student, teacher, tower)
         for block in student.tower(tower).stages:
             block.gains()
-    refuse(
-        student.device != teacher.device,
-        f'The student is on {student.device} and the teacher on {teacher.device}: load both with '
-        'one device=.',
-    )
+    check_one_device(student, teacher)
     refuse(
         student.dtype != teacher.dtype,
         f'The student computes in {student.dtype}, the teacher in {teacher.dtype}: bring both to '
