@@ -124,6 +124,7 @@ def test_what_other_code_made_is_made_anew(tiny, tmp_path):
 
 def test_a_piece_that_was_killed_before_it_was_kept_owes_its_numbers_to_both_attempts(tmp_path):
     from mope_clip.data import synth_pairs
+    from mope_clip.data.files import write_atomic
     from mope_clip.report.comparison import Kept
 
     kept, attempts = Kept(tmp_path), []
@@ -132,7 +133,7 @@ def test_a_piece_that_was_killed_before_it_was_kept_owes_its_numbers_to_both_att
     def make(work):
         if not (work / 'half').is_file():  # the second attempt finds it
             synth_pairs(2)
-            (work / 'half').touch()
+            write_atomic(work / 'half', lambda file: file.write(b'half'))
         return 'a sentence'
 
     def save(text, place):

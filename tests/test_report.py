@@ -445,10 +445,12 @@ def test_what_an_earlier_attempt_executed_stays_in_the_record(framed, monkeypatc
 
 def test_what_was_entered_before_a_kill_is_in_the_record(framed, monkeypatch):
     from mope_clip.data import synth_pairs
+    from mope_clip.data.files import write_atomic
 
     monkeypatch.setenv('JPY_SESSION_NAME', '90_toy.ipynb')
     first = framed()
-    synth_pairs(4)  # and then it is killed: nothing is written any more
+    synth_pairs(4)
+    write_atomic(first.out / 'piece', lambda file: file.write(b'half'))  # then it is killed
     first.recorder.stop()
     again = framed()
     again.recorder.stop()
