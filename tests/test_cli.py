@@ -289,6 +289,15 @@ def test_another_metric_takes_the_options_that_it_has(place):
     assert set(table.tower) == {'text'} and table.attrs['mope']['metric'] == 'magnitude'
 
 
+def test_a_metric_that_looks_at_no_pairs_loads_none(place, monkeypatch):
+    def no_pairs(*args, **options):
+        raise FileNotFoundError('there is no data set here')
+
+    monkeypatch.setattr('mope_clip.data.load_pairs', no_pairs)
+    assert 'no data set' in refused('score tiny --images 8 --metric taylor --out t.parquet')
+    assert '35 modules scored by magnitude' in done('score tiny --metric magnitude --groups 2')
+
+
 def test_an_unknown_metric_or_z_is_refused_with_the_list(place):
     assert 'choose one of mope, ' in refused('score tiny --images 8 --metric hessian')
     assert 'choose one of mean_recall, ' in refused('score tiny --images 8 --z recall')

@@ -69,7 +69,9 @@ def read_scores(path: str):  # -> `pandas.DataFrame`
     return read_table(path)
 
 
-def check_metric(options: argparse.Namespace):
+def check_metric(
+    options: argparse.Namespace,
+) -> bool:  # whether it looks at pairs
     "Refuse an unknown metric, and options that the one which is asked for does not take"
     if options.metric not in (known := metric_names()):
         raise ValueError(f'Unknown metric {options.metric!r}: choose one of {", ".join(known)}.')
@@ -78,6 +80,7 @@ def check_metric(options: argparse.Namespace):
     unread = [name for name in OF_METRICS if name not in takes]
     unread += [] if metric.needs_pairs else PAIRS
     refuse_unread(options, unread, f'These options mean nothing to the metric {options.metric}')
+    return metric.needs_pairs
 
 
 @command(
@@ -93,12 +96,13 @@ def score(options: argparse.Namespace) -> str:
     from mope_clip.metrics import score_by
 
     check_file(options.out, read_scores)
-    check_metric(options)
+    needs_pairs = check_metric(options)
     if not options.allow_test:
         check_split(options.split, 'score on validation pairs, or pass --allow-test')
-    look_at_data(options)
+    if needs_pairs:
+        look_at_data(options)
     out, clip = Path(options.out).expanduser(), load_named(options)
-    pairs = pairs_named(options)
+    pairs = pairs_named(options) if needs_pairs else None
     given = {name: getattr(options, name) for name in OF_METRICS}
     given |= dict(towers=tuple(options.towers), modules=tuple(options.modules))
     if options.batch is None:  # that of the metric
