@@ -122,6 +122,19 @@ def test_an_unknown_device_is_named_before_anything_is_read(name):
     assert '\n' not in str(e.value)
 
 
+def test_a_device_without_float64_is_refused_before_anything_is_read(monkeypatch):
+    empty = torch.empty
+
+    def as_on_a_mac(*size, dtype=None, device=None):
+        if dtype == torch.double:
+            raise TypeError("MPS framework doesn't support float64")
+        return empty(*size)
+
+    monkeypatch.setattr(torch, 'empty', as_on_a_mac)
+    with pytest.raises(ValueError, match=r"^device is 'mps', which lacks float64, .*: name 'cpu'"):
+        load_clip('no-such-model', device='mps')
+
+
 # ---- folders
 
 

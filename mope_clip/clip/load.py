@@ -173,16 +173,23 @@ def from_hub(
 def check_device(
     name: str,  # 'cpu', 'cuda:1', ...
 ):
-    "`ValueError` for a device that PyTorch does not know, or that is not in this machine"
+    """`ValueError` for a device that PyTorch does not know, that is not in this machine, or that
+    has no float64 (Apple's mps): scores and repair sum in it"""
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except Exception as e:  # each kind of device has errors of its own
         raise ValueError(
             f'device is {name!r}, which cannot be used here ({first_line(e)[:200]}): '
-            "name 'cpu', or 'cuda', 'cuda:1', 'mps' where there is one."
+            "name 'cpu', or 'cuda', 'cuda:1' where there is one."
         ) from None
     refuse(device.type == 'meta', "device is 'meta', which computes nothing: name 'cpu'.")
+    try:
+        torch.empty(1, dtype=torch.double, device=device)
+    except (TypeError, RuntimeError):
+        raise ValueError(
+            f"device is {name!r}, which lacks float64, and scores and repair sum in it: name 'cpu'."
+        ) from None
 
 
 def device_of(asked: str | None) -> str:
