@@ -247,5 +247,5 @@ def test_an_export_says_nothing_of_its_own_on_the_terminal(tmp_path, capfd):
 
 def test_the_configuration_of_a_model_is_no_damaged_model(tmp_path):
     tiny_clip().save(tmp_path / 'm')
-    with pytest.raises(ValueError, match='no model but a file of one: pass its folder'):
+    with pytest.raises(ValueError, match='holds no weights: pass the folder of a model, /'):
         load_clip(str(tmp_path / 'm' / 'config.json'))

@@ -235,7 +235,10 @@ def load_clip(
     if on_hub:
         path = from_hub(name.removeprefix('hf-hub:'))
     if path.is_file() and path.suffix in TEXTS:
-        raise ValueError(f'{path} is no model but a file of one: pass its folder, {path.parent}.')
+        raise ValueError(
+            f'{path} holds no weights: pass the folder of a model, {path.resolve().parent} where '
+            'the file belongs to one.'
+        )
     if path.is_dir():
         return load_folder(path, device)
     if path.is_file():
