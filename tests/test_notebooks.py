@@ -109,7 +109,7 @@ def test_teacher_notebook_trains_and_resumes(tmp_path):
 
 @pytest.fixture(scope='module')
 def shallow(tmp_path_factory):
-    "The repository's notebooks with teachers of three layers a tower: where its data is"
+    "The repository's notebooks with narrow teachers of three layers a tower: where its data is"
     from mope_clip.clip import TOWERS, load_clip, prune, whole_spec
     from mope_clip.pruners import export_open_clip
 
@@ -127,6 +127,8 @@ def shallow(tmp_path_factory):
             layers = getattr(spec, tower)
             for layer in [*layers][3:]:
                 del layers[layer]
+            for kept in layers.values():
+                kept['neurons'] = range(96)
         export_open_clip(prune(clip, spec), root / 'data' / name)
     return root / 'data'
 
