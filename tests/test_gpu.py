@@ -3,11 +3,14 @@
 The same tests run on the CPU, so that they are known to work before a card is lent.
 """
 
+from contextlib import suppress
+
 import pytest
 import torch
 from conftest import run
 from zoo import in_small, small_clip
 
+from mope_clip.cli import main, pipeline, without_training
 from mope_clip.clip import load_clip, prune, tiny_clip, weights_hash
 from mope_clip.data import synth_pairs
 from mope_clip.distill import distill
@@ -144,6 +147,71 @@ def test_families_compute_alike(name, device):
     with torch.no_grad():
         close(there.encode_text(ids.to(device)), clip.encode_text(ids), 1e-8)
         close(there.encode_image(pixels.to(device)), clip.encode_image(pixels), 1e-8)
+
+
+@pytest.fixture(scope='module')
+def job(tiny, tmp_path_factory):
+    "What the commands read: a model, its half, and a table of pairs"
+    folder = tmp_path_factory.mktemp('job')
+    tiny.save(folder / 'whole')
+    prune(tiny, plan_width(mope(tiny, PAIRS, groups=2), 0.5)).save(folder / 'half')
+    synth_pairs(200).to_parquet(folder / 'pairs.parquet')
+    return folder
+
+
+def words_of(command, job, device, out):
+    "A command on that job"
+    words = [command, job / ('whole' if command == 'score' else 'half'), '--device', device]
+    words += ['--task', job / 'pairs.parquet', '--out', out]
+    if command != 'score':
+        words += ['--teacher', job / 'whole']
+    if command == 'distill':
+        words += ['--pairs-seen', 32, '--batch', 8]
+    return [str(word) for word in words]
+
+
+COMMANDS = 'score', 'repair', 'distill'
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_commands_run_there(command, job, device, tmp_path, capsys):
+    assert main(words_of(command, job, device, tmp_path / 'out')) == 0, capsys.readouterr().err
+    assert (tmp_path / 'out').exists()
+
+
+def fill():
+    "Hold all that is reserved of a card, and let nothing more be had"
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-6)
+    held = []
+    for size in (1 << 22, 1 << 16, 512):
+        with suppress(torch.OutOfMemoryError):
+            while True:
+                held.append(torch.empty(size, dtype=torch.uint8, device='cuda'))
+    return held
+
+
+@pytest.mark.gpu
+@NO_CARD
+@pytest.mark.parametrize('command', COMMANDS)
+def test_a_full_card_is_one_sentence(command, job, tmp_path, monkeypatch, capsys):
+    loaded, held = pipeline.load_named, []
+
+    def load_and_fill(options):
+        clip = loaded(options)
+        held.append(fill())
+        return clip
+
+    for module in (pipeline, without_training):
+        monkeypatch.setattr(module, 'load_named', load_and_fill)
+    try:
+        code = main(words_of(command, job, 'cuda', tmp_path / 'out'))
+    finally:
+        held.clear()
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    said = capsys.readouterr().err
+    assert code == 1 and said.startswith('mope: the memory of the GPU is full'), said
+    assert '--batch' in said and 'the same command goes on' in said
 
 
 SHARED = """

@@ -905,6 +905,55 @@ def test_ctrl_c_is_one_sentence_that_says_what_is_kept(name, monkeypatch, capsys
     assert ('Nothing was written' in said) == (name == 'export')
 
 
+FULL = {
+    'CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79 GiB.': (
+        'of the GPU is full (20.00 GiB more were asked for)'
+    ),
+    'CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`': 'of the GPU is',
+    "[enforce fail] DefaultCPUAllocator: can't allocate memory": 'of this machine is full:',
+    'cell 7 of 20_finetune raised OutOfMemoryError: CUDA out of memory.': 'of the GPU is full:',
+}
+LESS = dict(
+    score=['--batch', '--precision bf16', '--memory', 'Finished layers are kept'],
+    repair=['--batch', '--memory', 'Maps that are solved are kept'],
+    distill=['--micro', '--checkpoint-activations', 'The last checkpoint is kept'],
+    evaluate=['--batch', 'Nothing was written'],
+    run=['-p micro', '-p precision', 'are kept'],
+    search=['a machine with more', 'Where the search stands is kept'],
+)
+
+
+@pytest.mark.parametrize('name', LESS)
+@pytest.mark.parametrize('words', FULL)
+def test_full_memory_is_one_sentence_that_says_what_to_lower(name, words, monkeypatch, capsys):
+    from dataclasses import replace
+
+    from mope_clip.cli.registry import COMMANDS, main
+
+    def fill(options):
+        raise torch.OutOfMemoryError(words) if words.startswith('CUDA out') else RuntimeError(words)
+
+    monkeypatch.setitem(COMMANDS, name, replace(COMMANDS[name], action=fill))
+    assert main([name, 'm', *(['--scores', 's'] if name == 'search' else [])]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith('mope: the memory ') and said.count('\n') == 1
+    assert FULL[words] in said and all(part in said for part in LESS[name])
+
+
+def test_full_memory_of_this_machine_is_said_whatever_raises_it(monkeypatch, capsys):
+    from dataclasses import replace
+
+    from mope_clip.cli.registry import COMMANDS, main
+
+    def fill(options):
+        np.empty(1 << 60, dtype=np.uint8)
+
+    monkeypatch.setitem(COMMANDS, 'score', replace(COMMANDS['score'], action=fill))
+    assert main(['score', 'm']) == 1
+    said = capsys.readouterr().err
+    assert 'of this machine is full (1.00 EiB more were asked for)' in said
+
+
 @pytest.mark.parametrize('command', ['evaluate', 'score'])
 def test_a_place_that_cannot_be_written_is_said_before_the_work(command, tmp_path, capsys):
     from mope_clip.cli.registry import main

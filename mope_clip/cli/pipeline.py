@@ -52,6 +52,7 @@ def score_arguments(parser: argparse.ArgumentParser):
     add('--batch', type=int, help='items at a time (default: 64, on a GPU what fills it)')
     precisions = 'fp32', 'bf16', 'fp16'
     add('--precision', default='fp32', choices=precisions, help='what the encoders compute in')
+    add('--memory', type=float, default=4e9, help='bytes of layer inputs in memory; beyond, files')
     text = 'score on the test split, and say so in the table'
     add('--allow-test', action='store_true', help=text)
     text = 'the table; finished modules are kept in OUT-run'
@@ -59,7 +60,7 @@ def score_arguments(parser: argparse.ArgumentParser):
 
 
 # taken by a metric that has an option of the same name
-OF_METRICS = 'z', 'towers', 'modules', 'groups', 'batch', 'precision', 'allow_test'
+OF_METRICS = 'z', 'towers', 'modules', 'groups', 'batch', 'precision', 'memory', 'allow_test'
 
 
 def read_scores(path: str):  # -> `pandas.DataFrame`
