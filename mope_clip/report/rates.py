@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMOKE', 'Scale', 'model_of', 'captions_like_coco', 'inputs_of', 'OpenClips', 'wait', 'seconds_of', 'machine',
-           'embed_all', 'dense', 'sampled_layers', 'modules_in', 'score_rates', 'engine', 'busy']
+           'embed_all', 'dense', 'sampled_layers', 'modules_in', 'score_rates', 'engine', 'kernel_seconds', 'busy']
 
 # %% ../../nbs/07q_rates.ipynb #abc94457
 import platform
@@ -41,14 +41,16 @@ class Scale:
     images: int = 1024  # that layers are sampled on
     captions: int = 8192
     batches: tuple = (256, 1024)  # images and captions of a forward
-    seconds: float = 1.0  # of each measurement
+    seconds: float = 0.6  # of each measurement
     full: tuple = (5000, 25000)  # images and captions that times are extrapolated to
     matrix: int = 8192  # side of the matrices whose product is the peak
     repaired: tuple = (1000, 2000)  # images and captions that repair looks at
+    latency: tuple = (1, 32, 256)  # batches whose time is told
+    scored: int = 5000  # images, each with five captions, whose scoring is told beforehand
     learned: int = 256  # pairs of a step of distillation
-    steps: int = 24  # of distillation
-    jpegs: int = 4096  # pictures that are loaded
-    threads: tuple = (1, 4, 8, 16)  # that load them
+    steps: int = 16  # of distillation
+    jpegs: int = 2560  # pictures that are loaded
+    threads: tuple = (1, 8, 16)  # that load them
     compile: bool = True
 
 
@@ -62,6 +64,8 @@ SMOKE = Scale(
     full=(20, 60),
     matrix=64,
     repaired=(40, 60),
+    latency=(1, 4),
+    scored=40,
     learned=8,
     steps=2,
     jpegs=16,
@@ -258,11 +262,24 @@ def engine(scale: Scale) -> dict:
     return dict(rows=rows)
 
 # %% ../../nbs/07q_rates.ipynb #62957fc9
+def kernel_seconds(call: Callable) -> dict:  # name of a kernel -> seconds; none without a card
+    "How long each kernel of a card computes in a call"
+    activity, kernels = torch.profiler.ProfilerActivity, {}
+    with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profile:
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    for event in profile.events():  # operators are listed beside the kernels that they launch
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            took = event.time_range.elapsed_us() / 1e6
+            kernels[event.name[:60]] = kernels.get(event.name[:60], 0.0) + took
+    return kernels
+
+
 def busy(scale: Scale) -> dict:
     "The share of the time in which the card computes while a layer in the middle is scored"
     out = {}
     clip = model_of(scale.models[0], scale.device, torch.bfloat16)
-    activity = torch.profiler.ProfilerActivity
     for tower, n in zip(TOWERS, (scale.images, scale.captions), strict=True):
         net = clip.tower(tower)
         layer = len(net.blocks) // 2
@@ -272,15 +289,8 @@ def busy(scale: Scale) -> dict:
         features_without(inputs, layer, wanted[:2], split)
         wait(scale.device)
         began = time.perf_counter()
-        with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profile:
-            features_without(inputs, layer, wanted[:6], split)
-            wait(scale.device)
-            seconds = time.perf_counter() - began
-        kernels: dict = {}  # operators are listed beside the kernels that they launch
-        for event in profile.events():
-            if event.device_type == torch.autograd.DeviceType.CUDA:
-                took = event.time_range.elapsed_us() / 1e6
-                kernels[event.name[:60]] = kernels.get(event.name[:60], 0.0) + took
+        kernels = kernel_seconds(partial(features_without, inputs, layer, wanted[:6], split))
+        seconds = time.perf_counter() - began
         top = sorted(kernels, key=lambda name: -kernels[name])[:12]
         computed = sum(kernels.values())
         out[tower] = dict(
