@@ -119,7 +119,8 @@ def half_of(clip: Clip, multiple: int, depth: float = 1.0, seed: int = 0) -> Cli
     spec = whole_spec(clip)
     for layers in (spec.vision, spec.text):
         places, left = list(layers), round(depth * len(layers))
-        for gone in set(places) - {places[len(places) * k // left] for k in range(left)}:
+        steps = max(1, left - 1)  # the first and the last stay, which may be a pooler
+        for gone in set(places) - {places[(len(places) - 1) * k // steps] for k in range(left)}:
             del layers[gone]
         for kept in layers.values():
             share = 0.5 / depth + 0.4 * torch.rand(1, generator=generator).item() - 0.2
