@@ -48,6 +48,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'mope_clip.cli.registry.WithDefaults._get_help_string': ( 'registry.html#withdefaults._get_help_string',
                                                                                                   'mope_clip/cli/registry.py'),
                                         'mope_clip.cli.registry.as_options': ('registry.html#as_options', 'mope_clip/cli/registry.py'),
+                                        'mope_clip.cli.registry.as_parameter': ('registry.html#as_parameter', 'mope_clip/cli/registry.py'),
                                         'mope_clip.cli.registry.beside': ('registry.html#beside', 'mope_clip/cli/registry.py'),
                                         'mope_clip.cli.registry.check_counts': ('registry.html#check_counts', 'mope_clip/cli/registry.py'),
                                         'mope_clip.cli.registry.check_file': ('registry.html#check_file', 'mope_clip/cli/registry.py'),

@@ -918,7 +918,8 @@ LESS = dict(
     repair=['--batch', '--memory', 'Maps that are solved are kept'],
     distill=['--micro', '--checkpoint-activations', 'The last checkpoint is kept'],
     evaluate=['--batch', 'Nothing was written'],
-    run=['-p micro', '-p precision', 'are kept'],
+    run=['-p micro with a part', '-p precision bf16', '-p checkpoint_activations', 'are kept'],
+    report=['-p micro', 'pieces are kept'],
     search=['a machine with more', 'Where the search stands is kept'],
 )
 
@@ -934,7 +935,8 @@ def test_full_memory_is_one_sentence_that_says_what_to_lower(name, words, monkey
         raise torch.OutOfMemoryError(words) if words.startswith('CUDA out') else RuntimeError(words)
 
     monkeypatch.setitem(COMMANDS, name, replace(COMMANDS[name], action=fill))
-    assert main([name, 'm', *(['--scores', 's'] if name == 'search' else [])]) == 1
+    what = '20_finetune' if name in ('run', 'report') else 'm'
+    assert main([name, what, *(['--scores', 's'] if name == 'search' else [])]) == 1
     said = capsys.readouterr().err
     assert said.startswith('mope: the memory ') and said.count('\n') == 1
     assert FULL[words] in said and all(part in said for part in LESS[name])

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'NOTHING_KEPT', 'IN_PYTHON', 'MAPPING', 'CURABLE', 'FULL', 'SPARING', 'COUNTS', 'PAIRS', 'Command',
-           'command', 'WithDefaults', 'parser_for', 'as_options', 'memory_is_full', 'spare_memory', 'check_counts',
-           'main', 'model_arguments', 'data_arguments', 'look_at_data', 'pairs_named', 'check_split', 'off_default',
-           'refuse_unread', 'place_of', 'beside', 'check_weights', 'writable_beside', 'check_file', 'check_out',
-           'load_named']
+           'command', 'WithDefaults', 'parser_for', 'as_options', 'memory_is_full', 'as_parameter', 'spare_memory',
+           'check_counts', 'main', 'model_arguments', 'data_arguments', 'look_at_data', 'pairs_named', 'check_split',
+           'off_default', 'refuse_unread', 'place_of', 'beside', 'check_weights', 'writable_beside', 'check_file',
+           'check_out', 'load_named']
 
 # %% ../../nbs/08a_registry.ipynb #929554d0
 import argparse
@@ -129,6 +129,12 @@ def memory_is_full(e: Exception) -> bool:
     return full or bool(isinstance(e, RuntimeError) and FULL.search(str(e)))
 
 
+def as_parameter(option: re.Match) -> str:
+    "An option as the parameter of a notebook"
+    on = ' True' if option[1] == 'checkpoint-activations' else ''
+    return '-p ' + option[1].replace('-', '_') + on
+
+
 def spare_memory(
     said: str,  # the words of whoever had none left
     options: argparse.Namespace,  # of the command
@@ -137,13 +143,16 @@ def spare_memory(
     asked = re.search(r'allocate ([\d.]+ ?[KMGTPE]?i?B)', said)
     what = f' ({asked[1]} more were asked for)' if asked else ''
     where = 'of the GPU' if re.search('CUDA|HIP|MPS|CUBLAS', said) else 'of this machine'
-    given = vars(options)
-    if 'scale' in given:  # a notebook, whose parameters have the names of these options
-        cures = ['smaller batches, -p micro or -p precision, whichever the notebook has']
-    else:
-        cures = [cure for name, cure in SPARING.items() if name in given]
-        if 'batch' in given and 'micro' in given:  # here the batch is a part of the recipe
-            cures[-1] += ' (which recovers otherwise)'
+    names, is_notebook = set(vars(options)), 'scale' in vars(options)
+    if is_notebook:
+        from mope_clip.report.templates import Template
+
+        names = set(Template(options.name).parameters) if options.name else set()
+    cures = [cure for name, cure in SPARING.items() if name in names]
+    if {'batch', 'micro'} <= names:  # here the batch is a part of the recipe
+        cures[-1] += ' (which changes what is learned)'
+    if is_notebook:
+        cures = [re.sub('--([a-z-]+)', as_parameter, cure) for cure in cures]
     cure = ', or '.join(cures) or 'a machine with more'
     kept = COMMANDS[options.command].kept or NOTHING_KEPT
     return f'the memory {where} is full{what}: try {cure}. {kept}'
