@@ -1,5 +1,6 @@
 "The worst day of an operator: foreign code, foreign files, damage of every kind."
 
+import errno
 import io
 import itertools
 import json
@@ -912,6 +913,7 @@ FULL = {
     'CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`': 'of the GPU is',
     "[enforce fail] DefaultCPUAllocator: can't allocate memory": 'of this machine is full:',
     'cell 7 of 20_finetune raised OutOfMemoryError: CUDA out of memory.': 'of the GPU is full:',
+    'cell 7 of 20_finetune raised MemoryError: ': 'of this machine is full:',
 }
 LESS = dict(
     score=['--batch', '--precision bf16', '--memory', 'Finished layers are kept'],
@@ -942,18 +944,46 @@ def test_full_memory_is_one_sentence_that_says_what_to_lower(name, words, monkey
     assert FULL[words] in said and all(part in said for part in LESS[name])
 
 
-def test_full_memory_of_this_machine_is_said_whatever_raises_it(monkeypatch, capsys):
+def no_memory_for_numpy(options):
+    np.empty(1 << 60, dtype=np.uint8)
+
+
+def no_memory_for_a_process(options):
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
+def no_memory_without_a_word(options):
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    'fill', [no_memory_for_numpy, no_memory_for_a_process, no_memory_without_a_word]
+)
+def test_full_memory_of_this_machine_is_said_whatever_raises_it(fill, monkeypatch, capsys):
     from dataclasses import replace
 
     from mope_clip.cli.registry import COMMANDS, main
 
-    def fill(options):
-        np.empty(1 << 60, dtype=np.uint8)
-
     monkeypatch.setitem(COMMANDS, 'score', replace(COMMANDS['score'], action=fill))
     assert main(['score', 'm']) == 1
     said = capsys.readouterr().err
-    assert 'of this machine is full (1.00 EiB more were asked for)' in said
+    assert said.startswith('mope: the memory of this machine is full')
+    assert ('(1.00 EiB more were asked for)' in said) == (fill is no_memory_for_numpy)
+
+
+def test_of_many_reports_each_that_failed_is_named(monkeypatch, capsys):
+    from dataclasses import replace
+
+    from mope_clip.cli.registry import COMMANDS, main
+
+    words = '2 failed: 46_cost (CUDA out of memory); 47_engine_cost (no such file).'
+
+    def fail(options):
+        raise RuntimeError(words)
+
+    monkeypatch.setitem(COMMANDS, 'report', replace(COMMANDS['report'], action=fail))
+    assert main(['report', '--all']) == 1
+    assert capsys.readouterr().err == f'mope: {words}\n'
 
 
 @pytest.mark.parametrize('command', ['evaluate', 'score'])

@@ -11,6 +11,7 @@ __all__ = ['COMMANDS', 'NOTHING_KEPT', 'IN_PYTHON', 'MAPPING', 'CURABLE', 'FULL'
 
 # %% ../../nbs/08a_registry.ipynb #929554d0
 import argparse
+import errno
 import re
 import sys
 import tempfile
@@ -113,8 +114,10 @@ def as_options(
 
 
 CURABLE = ValueError, OSError, ImportError, RuntimeError, FloatingPointError, MemoryError
-FULL = re.compile(r'out of memory|allocate memory|unable to allocate|ALLOC_FAILED', re.IGNORECASE)
-SPARING = dict(  # what needs less memory, and changes no result -> how it is asked for
+FULL = re.compile(
+    r'out of memory|allocate memory|unable to allocate|ALLOC_FAILED|MemoryError', re.I
+)
+SPARING = dict(  # what needs less memory, those first that change no result -> how to ask for it
     micro='--micro with a part of the batch',
     checkpoint_activations='--checkpoint-activations',
     memory='a smaller --memory',
@@ -125,8 +128,11 @@ SPARING = dict(  # what needs less memory, and changes no result -> how it is as
 
 def memory_is_full(e: Exception) -> bool:
     "Whether an error says that nothing was left to allocate, on a GPU or on this machine"
-    full = isinstance(e, MemoryError) or type(e).__name__ == 'OutOfMemoryError'
-    return full or bool(isinstance(e, RuntimeError) and FULL.search(str(e)))
+    if isinstance(e, OSError):
+        return e.errno == errno.ENOMEM
+    if isinstance(e, RuntimeError):  # PyTorch's are, and so is what a notebook's cell raised
+        return bool(FULL.search(str(e)))
+    return isinstance(e, MemoryError)
 
 
 def as_parameter(option: re.Match) -> str:
@@ -182,8 +188,9 @@ def main(
         check_counts(options)
         said = COMMANDS[options.command].action(options)
     except CURABLE as e:
-        full = options and memory_is_full(e)
-        told = spare_memory(str(e), options) if full else as_options(str(e), options)
+        is_one = options and not getattr(options, 'all', False)  # of many reports all are told
+        is_full = is_one and memory_is_full(e)
+        told = spare_memory(str(e), options) if is_full else as_options(str(e), options)
         print(f'mope: {told}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
