@@ -272,7 +272,7 @@ def kernel_seconds(call: Callable) -> dict:  # name of a kernel -> seconds; none
     for event in profile.events():  # operators are listed beside the kernels that they launch
         if event.device_type == torch.autograd.DeviceType.CUDA:
             took = event.time_range.elapsed_us() / 1e6
-            kernels[event.name[:60]] = kernels.get(event.name[:60], 0.0) + took
+            kernels[event.name] = kernels.get(event.name, 0.0) + took
     return kernels
 
 
