@@ -269,12 +269,31 @@ def test_pooling_by_an_end_token_follows_its_number():
 
 def test_the_share_is_what_leaving_one_out_gives():
     draw = random.Random(1)
-    needed = [set(draw.sample(range(12), 3)) for _ in range(8)]
-    changed = 0
-    for i, tokens in enumerate(needed):
-        others = set().union(*(some for j, some in enumerate(needed) if j != i))
-        changed += bool(tokens - others)
-    assert unseen_share(needed) == 100 * changed / len(needed)
+    needed = [[set(draw.sample(range(24), 3)) for _ in range(1 + i % 3)] for i in range(8)]
+    changed = []
+    for i, texts in enumerate(needed):
+        others = set().union(*(some for j, its in enumerate(needed) if j != i for some in its))
+        changed += [bool(tokens - others) for tokens in texts]
+    assert 0 < sum(changed) < len(changed)
+    assert unseen_share(needed) == 100 * sum(changed) / len(changed)
+
+
+def test_captions_of_a_picture_do_not_vouch_for_each_other():
+    "They share its rare words: of other pictures nearly all texts will change"
+
+    def captions(names):
+        return [[f'{word} {name}' for word in ('a', 'one', 'the')] for name in names.split()]
+
+    clip = clip_with(own())
+    known = captions('zebra lemon violin castle rocket turtle candle bridge')
+    others = captions('pepper anchor guitar island window spider helmet garden')
+    small = trim_vocabulary(clip, known, log=print)
+    told = small.spec.provenance['vocabulary']
+    assert (told['texts'], told['pictures']) == (24, 8)
+    assert abs(share_changed(clip, small, others) - told['unseen_changed']) < 20
+    alone = trim_vocabulary(clip, [text for texts in known for text in texts], log=print)
+    assert alone.spec.vocabulary == small.spec.vocabulary
+    assert alone.spec.provenance['vocabulary']['unseen_changed'] == 0
 
 
 def test_the_share_predicts_what_happens_to_unseen_captions():
