@@ -16,6 +16,7 @@ import torch.distributed as dist
 from conftest import ROOT, run
 from PIL import Image
 
+from mope_clip.clip import tiny_clip
 from mope_clip.data import files, parallel, progress
 from mope_clip.data.files import as_dataset, digest, png, write_atomic, write_folder
 
@@ -113,6 +114,16 @@ def test_a_folder_with_anything_but_a_model_is_never_replaced(tmp_path):
     assert (folder / 'thesis.txt').read_text(encoding='utf-8') == 'years'
     with pytest.raises(ValueError, match=r'thesis\.txt'):
         files.refuse_foreign(folder / 'thesis.txt')  # a file
+
+
+@pytest.mark.parametrize('name', ['my_adapter.safetensors', 'quantised.onnx', 'README.md'])
+def test_what_a_user_adds_to_a_model_is_not_replaced(name, tmp_path):
+    tiny_clip().save(tmp_path / 'small')
+    tiny_clip(seed=1).save(tmp_path / 'small')  # a model is
+    (tmp_path / 'small' / name).write_text('# What we found', encoding='utf-8')
+    with pytest.raises(ValueError, match=f'small holds {name}, which saving a model there'):
+        tiny_clip().save(tmp_path / 'small')
+    assert (tmp_path / 'small' / name).read_text(encoding='utf-8') == '# What we found'
 
 
 def test_refuse_raises_the_error_that_is_named():

@@ -139,6 +139,7 @@ def export_onnx(
 ) -> dict:  # tower -> path
     "A folder to deploy, in immich's layout; `ValueError` for a wrong file, or one too coarse"
     check_installed('export', 'onnx', 'onnxscript', *(['onnxruntime'] if check else []))
+    towers = (towers,) if isinstance(towers, str) else tuple(dict.fromkeys(towers))
     refuse(
         not towers or set(towers) - set(TOWERS),
         f"towers are 'vision', 'text' or both, not {towers!r}.",
