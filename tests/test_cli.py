@@ -208,6 +208,9 @@ def test_what_a_reader_can_put_right_is_one_sentence(error, monkeypatch):
         ('export m --format hf', 'or pass pad=True to fill', 'pass --pad to fill'),
         ('prune m --spec s', 'or lower keep_depth or', 'lower --keep-depth or'),
         ('run 20_finetune', 'columns=dict(image=...), and', '-p data_columns \'{"image": ...}\''),
+        ('score m', 'as `root` (`-p data_root ...`).', 'as --data-root FOLDER.'),
+        ('run 20_finetune', 'as `root` (`-p data_root ...`).', 'as -p data_root FOLDER.'),
+        ('score m', "Unknown task 'data_root': choose", "Unknown task 'data_root': choose"),
         (
             'prune m --spec s',
             'there is no pad_to= and /a/keep_depth/b',
@@ -430,10 +433,88 @@ def test_scores_of_another_model_are_noted(pruned, monkeypatch):
         ),
         ('repair small --teacher-pretrained openai', 'without --teacher: name both'),
         ('distill small --teacher-pretrained openai', 'without --teacher: name both'),
+        ('evaluate small --data-root ~/photos', '--data-root would not be read for openmoji'),
+        ('score tiny --columns {}x', '--columns would not be read for openmoji'),
+        ('trim tiny --data-root photos', '--data-root would not be read for openmoji'),
+        ('distill small --teacher tiny --data-root /a/b', 'name a set of your own by its place'),
+        ('evaluate small --task ./tiny --data-root small', './tiny and --data-root small are two'),
+        ('prune tiny --scores s.parquet --macs 30', '--macs is a share up to 1, or a whole number'),
+        ('search tiny --scores s.parquet --params 12.5', '12.5 % is 0.125'),
+        ('prune tiny --scores s.parquet --latency inf', '--latency is inf: give a number'),
+        ('score tiny --memory nan', '--memory is nan: give a number'),
+        ('repair small --memory -5', '--memory is -5.0: give a number'),
+        ('prune tiny --scores s.parquet --keep .5 --floor 2', 'of each: leave out --floor'),
+        ('prune tiny --scores s.parquet --keep .5 --no-embeddings', 'leave out --no-embeddings'),
+        (
+            'prune tiny --scores s.parquet --keep-depth .5 --rank global --multiples 1 8',
+            'only layers go: leave out --rank, --multiples',
+        ),
+        ('search tiny --scores s.parquet --macs .5 --no-embeddings', 'leave out --no-embeddings'),
+        ('repair tiny --teacher small', 'name the model that was pruned as --teacher'),
+        ('score tiny --images 8 --out spec', 'spec-run is a file'),
+        ('repair small --teacher tiny --out spec', 'spec-run is a file'),
+        ('distill small --teacher tiny --out spec', 'spec-run is a file'),
+        ('search tiny --scores s.parquet --macs .5 --out spec', 'spec-run is a file'),
+        ('prune tiny --spec spec.json --out caf\udce9', 'is no text in UTF-8'),
     ],
 )
 def test_what_would_go_wrong_is_refused_before_the_work(line, sentence, pruned):
+    (pruned / 'spec-run').write_text('mine')
     assert sentence in refused(line)
+    assert (pruned / 'spec-run').read_text() == 'mine'
+
+
+@pytest.mark.parametrize(
+    'words, name',
+    [
+        (['trim', 'tiny', '--texts', ''], '--texts'),
+        (['prune', 'tiny', '--spec', '', '--keep', '.5'], '--spec'),
+        (['score', 'tiny', '--out', ''], '--out'),
+        (['evaluate', 'tiny', '--task', ''], '--task'),
+        (['evaluate', 'tiny', '--suites', 'concept', ''], '--suites'),
+        (['repair', 'small', '--teacher', ''], '--teacher'),
+        (['evaluate', ''], 'model'),
+        (['run', ''], 'name'),
+    ],
+)
+def test_an_empty_value_is_refused_by_name(words, name, place):
+    code, _, err = mope(*words)
+    assert (code, err) == (1, f'mope: {name} is empty: give it a value, or leave it out.\n')
+    assert [path.name for path in place.iterdir()] == ['tiny']  # nothing was written
+
+
+@pytest.mark.parametrize('content', ['', '{"levels": [1, 2', '{}', '[]'])
+def test_a_damaged_search_is_named(content, scored):
+    (scored / 'found-run').mkdir()
+    (scored / 'found-run' / 'search-0123.json').write_text(content)
+    line = 'search tiny --scores s.parquet --macs .5 --images 20 --out found'
+    assert 'search-0123.json is damaged: delete it, and the search begins' in refused(line)
+
+
+@pytest.mark.parametrize('option', ['--latency', '--suites'])
+def test_a_list_of_nothing_is_wrong_usage(option):
+    code, _, err = mope('evaluate', 'tiny', option)
+    assert code == 2 and 'expected at least one argument' in err
+
+
+def test_a_specification_of_another_model_is_noted(pruned):
+    note = 'note: this specification was made for a model with other weights'
+    assert note not in done('prune tiny --spec spec.json --dry-run')
+    tiny_clip(seed=1).save(pruned / 'other')
+    assert note in done('prune other --spec spec.json --dry-run')
+
+
+def test_that_nothing_was_removed_is_noted(place):
+    note = 'note: the model has all that its teacher has'
+    assert note in done('repair tiny --teacher tiny --images 20 --out same')
+    assert weights_hash(loaded(place, 'same')) == weights_hash(loaded(place, 'tiny'))
+
+
+def test_letters_that_a_terminal_lacks_are_spelled(place, monkeypatch):
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(io.BytesIO(), encoding='ascii'))
+    assert main(['score', 'tiny', '--metric', 'magnitude', '--out', 'caf\u00e9']) == 0
+    sys.stdout.flush()
+    assert b'scores:  caf\\xe9' in sys.stdout.buffer.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -683,10 +764,36 @@ def test_bad_parameter_is_refused_before_a_kernel_starts(tmp_path):
         ('run 60_your_model -p QUERIES ["a"]', "Unknown parameter 'QUERIES': the parameters are"),
         ('run 30_pretrain -p tasks 5', 'tasks must be of type list'),
         ('report 20_finetune -p out_dir mine', 'leave out out_dir, or run the notebook with'),
+        ('run 72_how_long -p budgets ["half"]', "holds 'half', but must hold items of type float"),
+        ('run 46_cost -p batches ["one"]', "holds 'one', but must hold items of type int, such as"),
+        ('run 30_pretrain -p tasks [null]', 'holds None, but must hold items of type str'),
+        ('run 20_finetune -p data_root /no/such', 'data_root would not be read for openmoji'),
+        ('run 20_finetune -p data_columns {"image":"x"}', 'data_columns would not be read for'),
+        ('run 20_finetune -p task /a/b -p data_root /c', '/a/b and data_root /c are two places'),
+        ('lessons 01a_progress nosuch', "There is no library notebook 'nosuch'"),
     ],
 )
 def test_parameters_are_checked_before_anything_is_done(line, sentence):
     assert sentence in refused(line)
+
+
+@pytest.mark.parametrize('command', ['run', 'report'])
+@pytest.mark.parametrize(
+    'name', ['{nbs}/55_gpu', '../nbs/55_gpu', 'nbs/55_gpu.ipynb', '55_gpu.ipynb']
+)
+def test_a_notebook_is_named_without_its_folder_and_ending(command, name, root):
+    notebook = root / 'nbs' / '55_gpu.ipynb'
+    before = notebook.read_bytes()
+    assert 'ending: call it 55_gpu.' in refused(f'{command} {name.format(nbs=root / "nbs")}')
+    assert notebook.read_bytes() == before
+
+
+def test_a_text_stays_as_it_was_typed():
+    from mope_clip.cli.notebooks import parameters_of
+
+    line = 'run 20_finetune -p task 2024.10 -p pretrained 1e5 -p lr_finetune 1e-4 -p seed 1'
+    options = options_of(line.replace(' -p lr_finetune 1e-4', ''))
+    assert parameters_of(options) == dict(task='2024.10', pretrained='1e5', seed=1)
 
 
 def test_error_inside_a_notebook_is_one_sentence(tmp_path):

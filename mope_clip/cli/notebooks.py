@@ -65,8 +65,17 @@ def from_here(name: str, value):
 
 
 def parameters_of(options: argparse.Namespace) -> dict:
-    "The parameters that were given, by name"
-    return {name: from_here(name, value_of(text)) for name, text in options.p}
+    "The parameters that were given, by name; a text stays as it was typed"
+    from mope_clip.report.templates import Template
+
+    known = Template(options.name).parameters if options.p else {}
+
+    def value(name: str, text: str):
+        found = value_of(text)
+        is_text = name in known and known[name].kind is str and not isinstance(found, str)
+        return text if is_text else found
+
+    return {name: from_here(name, value(name, text)) for name, text in options.p}
 
 
 NAME = 'the notebook without its ending, e.g. 20_finetune'
@@ -177,10 +186,12 @@ def index(options: argparse.Namespace) -> str:
 )
 def lessons(options: argparse.Namespace):
     "Outputs of library notebooks, one after the other"
-    from mope_clip.report.runner import keep_outputs
+    from mope_clip.report.runner import check_lesson, keep_outputs
     from mope_clip.report.templates import check_clone
 
     every = sorted(path.stem for path in (check_clone() / 'nbs').glob('0*.ipynb'))
+    for name in options.names:
+        check_lesson(name)
     for name in options.names or every:
         print(keep_outputs(name), flush=True)
 

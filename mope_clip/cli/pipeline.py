@@ -16,7 +16,6 @@ from pathlib import Path
 
 from mope_clip.cli.registry import (
     PAIRS,
-    beside,
     check_file,
     check_out,
     check_split,
@@ -28,6 +27,7 @@ from mope_clip.cli.registry import (
     model_arguments,
     pairs_named,
     refuse_unread,
+    run_beside,
 )
 
 # %% ../../nbs/08b_pipeline.ipynb #7b2fdeb7
@@ -97,6 +97,7 @@ def score(options: argparse.Namespace) -> str:
     from mope_clip.metrics import score_by
 
     check_file(options.out, read_scores)
+    run = run_beside(options.out)
     needs_pairs = check_metric(options)
     if not options.allow_test:
         check_split(options.split, 'score on validation pairs, or pass --allow-test')
@@ -108,7 +109,7 @@ def score(options: argparse.Namespace) -> str:
     given |= dict(towers=tuple(options.towers), modules=tuple(options.modules))
     if options.batch is None:  # that of the metric
         del given['batch']
-    table = score_by(options.metric, clip, pairs, store=beside(options.out, '-run'), **given)
+    table = score_by(options.metric, clip, pairs, store=run, **given)
     write_atomic(out, lambda file: table.to_parquet(file))
     return f'{len(table)} modules scored by {options.metric}\nscores:  {out}'
 
@@ -165,8 +166,16 @@ def spec_of(options: argparse.Namespace, clip):  # -> `PruneSpec`
     if options.spec:
         refuse_unread(options, PLANNING, 'A specification says what stays')
         spec = read_spec(options.spec)
+        if spec.provenance.get('model', weights_hash(clip)) != weights_hash(clip):
+            print('note: this specification was made for a model with other weights')
         print(say_cost(clip, spec))
         return spec
+    if options.rank != 'global':
+        refuse_unread(options, ['floor'], 'Within a layer a share is kept of each')
+    if options.params is None:
+        refuse_unread(options, ['no_embeddings'], 'Embeddings count in --params alone')
+    if all(getattr(options, name) is None for name in ('keep', 'params', 'macs', 'latency')):
+        refuse_unread(options, ['rank', 'multiples'], 'Without a budget for width only layers go')
     scores = read_scores(options.scores)
     if scores.attrs.get('mope', {}).get('model') != weights_hash(clip):
         print('note: these scores are of a model with other weights')
@@ -254,6 +263,7 @@ def distill(options: argparse.Namespace) -> str:
     from mope_clip.distill.losses import named_weights
 
     check_out(options.out, model=options.model, teacher=options.teacher)
+    run = run_beside(options.out)
     check_weights(options.teacher, options.teacher_pretrained, '--teacher-pretrained')
     check_split(options.split, 'learn from --split train')
     look_at_data(options)
@@ -267,7 +277,6 @@ def distill(options: argparse.Namespace) -> str:
     given = {name: getattr(options, name) for name in SETTINGS}
     settings = {name: value for name, value in given.items() if value is not None}
     settings['weights'] = named_weights(options.losses, repaired=True)
-    run = beside(options.out, '-run')
     recovered = recover(
         student, teacher, pairs, options.stage, folder=run, every=options.every, **settings
     )
@@ -287,9 +296,9 @@ def evaluate_arguments(parser: argparse.ArgumentParser):
     data_arguments(parser, 'test', 1000)
     add = parser.add_argument
     text = "zero-shot suites, e.g. concept colour count; 'imagenet' or an image folder"
-    add('--suites', nargs='*', default=[], help=text)
+    add('--suites', nargs='+', default=[], help=text)
     add('--no-retrieval', action='store_true', help='leave recall out')
-    sizes = dict(type=int, nargs='*', default=[], metavar='BATCH')
+    sizes = dict(type=int, nargs='+', default=[], metavar='BATCH')
     add('--latency', **sizes, help='measure the time of batches of these sizes')
     add('--batch', type=int, default=128, help='images or captions at a time')
     add('--out', help='also write the numbers as JSON')

@@ -138,4 +138,11 @@ def read_table(path: Path) -> pd.DataFrame:
         f'{path} is no table of scores, it lacks {", ".join(sorted(missing))}: '
         'make it with `mope score`.',
     )
+    told = scores.attrs.get('mope')
+    whole = isinstance(told, dict) and {'model', 'shape'} <= told.keys()
+    refuse(
+        not whole or not len(scores),
+        f'{path} {"does not say which model it is of" if len(scores) else "is empty"}: make it '
+        'with `mope score`, and save it with its attrs.',
+    )
     return scores

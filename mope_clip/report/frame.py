@@ -23,7 +23,13 @@ from ..distill import teacher_for
 from .code import AT_START, Recorder, changed, recorder_on
 from .comparison import Comparison, Interval
 from .figures import save_figure, save_table, theme
-from .parameters import check_choice, check_parameters, check_positive, run_dir
+from mope_clip.report.parameters import (
+    check_choice,
+    check_items,
+    check_parameters,
+    check_positive,
+    run_dir,
+)
 from .provenance import data_record
 from .results import Results, decimal
 from .roads import Bench
@@ -106,10 +112,12 @@ class SetUp:
         return recorder.start()
 
     def check_counts(self):
-        "`ValueError` for a whole number below 1 whose default is above 0"
+        "`ValueError` for a whole number below 1 whose default is above 0, and for odd items"
         if not self.template.path.is_file():
             return
         for name, parameter in self.template.parameters.items():
+            if parameter.kind is list and name in self.parameters:
+                check_items(name, self.parameters[name], parameter.default)
             if parameter.kind is int and parameter.default > 0 and name in self.parameters:
                 check_positive(name, self.parameters[name])
 

@@ -6,7 +6,7 @@
 __all__ = ['QUIET', 'PLACES', 'STORED', 'check_given', 'as_sentence', 'this_python', 'run_notebook', 'scale_parameters',
            'is_noise', 'tidy_notebook', 'without_place', 'dated_results', 'stored_files', 'write_json', 'store',
            'place_of_run', 'clear', 'report', 'waiting', 'announce', 'report_all', 'small_picture', 'plain_output',
-           'execute', 'keep_outputs']
+           'execute', 'check_lesson', 'keep_outputs']
 
 # %% ../../nbs/07o_runner.ipynb #031f4e23
 import base64
@@ -25,6 +25,7 @@ from ..data.files import digest, fill_folder, first_line, refuse, write_atomic
 from .frame import RECORD, outdated
 from .page import entries
 from mope_clip.report.parameters import (
+    check_items,
     check_parameters,
     differing,
     looks_like_setting,
@@ -54,7 +55,11 @@ def check_given(
             raise ValueError(f'Unknown parameter {name!r}: the parameters are {choice}.')
     defaults = {name: parameter.default for name, parameter in known.items()}
     kinds = {name: parameter.kind for name, parameter in known.items()}
-    return check_parameters({'__annotations__': kinds, **defaults, **given})
+    values = check_parameters({'__annotations__': kinds, **defaults, **given})
+    for name, kind in kinds.items():
+        if kind is list:
+            check_items(name, values[name], defaults[name])
+    return values
 
 
 def as_sentence(
@@ -351,17 +356,22 @@ def execute(path: Path):  # a notebook of nbformat
     return notebook
 
 
+def check_lesson(name: str):
+    "`ValueError` for what is no library notebook"
+    if name not in lesson_names() and name != 'index':
+        raise ValueError(
+            f'There is no library notebook {name!r}: those are the notebooks of nbs/ whose number '
+            'begins with 0. Templates keep no outputs, `mope report` runs them.'
+        )
+
+
 def keep_outputs(
     name: str,  # of a library notebook, e.g. '04e_mope'
 ) -> Path:
     "Run a library notebook and keep what its cells show; no progress bars, no warnings"
     import nbformat
 
-    if name not in lesson_names() and name != 'index':
-        raise ValueError(
-            f'There is no library notebook {name!r}: those are the notebooks of nbs/ whose number '
-            'begins with 0. Templates keep no outputs, `mope report` runs them.'
-        )
+    check_lesson(name)
     path = repo_root() / 'nbs' / f'{name}.ipynb'
     notebook = execute(path)
     for cell in notebook.cells:

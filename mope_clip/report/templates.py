@@ -159,8 +159,14 @@ class Template:
 
     def check(self) -> 'Template':
         "Itself; `ValueError` where the repository has no such notebook"
-        if not self.path.is_file():
+        plain = Path(self.name).name  # a path would lead out of nbs/, and a run's own file into it
+        if plain != self.name or not self.path.is_file():
             check_clone()
+            known = plain.removesuffix('.ipynb')
+            refuse(
+                known in template_names(),
+                f'{self.name} is named by its folder or ending: call it {known}.',
+            )
             choice = ', '.join(template_names()) or 'none, since nbs/ holds no template'
             raise ValueError(f'There is no notebook {self.name!r}: choose one of {choice}.')
         return self
