@@ -479,7 +479,7 @@ def test_a_vocabulary_that_is_no_list_of_ids_is_refused(kept, sentence):
         ('a red square', 'texts is one text: pass a list'),
         ([], 'There are no texts'),
         ([[]], 'There are no texts'),
-        ([3], 'int'),
+        ([3], '3 is no text: pass a list of str'),
     ],
 )
 def test_texts_that_are_none_are_refused(texts, sentence):
