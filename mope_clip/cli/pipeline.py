@@ -329,6 +329,8 @@ def check_evaluation(options: argparse.Namespace):
     if options.no_retrieval:
         unread = ('task', 'columns') if options.suites else (*PAIRS, 'batch')
         refuse_unread(options, unread, 'With --no-retrieval no pairs are looked at')
+    if options.suites and options.no_retrieval and 'imagenet' not in options.suites:
+        refuse_unread(options, ['data_root'], 'These suites are found by their names')
     for suite in options.suites:
         few = 1 if suite in suites() else options.images
         load_labelled(suite, options.split, few, options.data_root, check=False)

@@ -83,7 +83,8 @@ def parser_for(asked: str | None = None) -> argparse.ArgumentParser:
 # %% ../../nbs/08a_registry.ipynb #9f0ace62
 # a setting in a sentence: `skip_unreadable=True`, pretrained=, keep_depth; and no part of a path
 IN_PYTHON = re.compile(
-    r'(?<![\w/.`\'"-])(?P<tick>`?)(?P<name>[a-z][a-z_]+)(?P<value>=(?:True)?)?(?P=tick)(?![\w-]*[/.]\w|\.\.\.)'
+    r'(?<![\w/.`\'"-])(?P<tick>`?)(?P<name>[a-z][a-z_]+)(?P<value>=(?:True)?)?(?P=tick)'
+    r'(?![\w-]*[/.]\w|\.\.\.)'
 )
 MAPPING = re.compile(r'columns=dict\(([^)]*)\)')  # of columns, as a message writes it
 BOTH = re.compile(r'`root` \(`-p (data_root) \.\.\.`\)')  # for Python and for a notebook

@@ -62,13 +62,13 @@ def vocabulary_spec(
     spec, size = whole_spec(clip), len(clip.text.token_table)
     kept = needs.always.union(needed_words(clip).values(), *needed.values())
     spec.vocabulary = [token for token in sorted(kept) if token < size]
-    by_its = [[needed[text] for text in some] for some in pictures]
+    of_pictures = [[needed[text] for text in some] for some in pictures]
     spec.provenance['vocabulary'] = dict(
         texts=len(texts),
         pictures=len(pictures) if any(len(some) > 1 for some in pictures) else 0,
         kept=len(spec.vocabulary),
         of=size,
-        unseen_changed=round(unseen_share(by_its), 2),
+        unseen_changed=round(unseen_share(of_pictures), 2),
     )
     return spec
 
